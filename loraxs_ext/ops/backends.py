@@ -1,0 +1,86 @@
+"""Who owns each op on each device. Nothing is overridden silently: `loraxs doctor` prints this table.
+
+The plain-torch reference is registered for every device. A faster owner takes a device's dispatch key when its part
+is built, and is named in `owners()`. `LORAXS_BACKEND=reference` keeps every op on plain torch.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import reference
+from .contract import LIBRARY, OPS, check
+
+BACKENDS = ("auto", "reference")
+BACKEND = os.environ.get("LORAXS_BACKEND", "auto")
+if BACKEND not in BACKENDS:
+    raise ValueError(f"LORAXS_BACKEND: expected one of {', '.join(BACKENDS)}, got {BACKEND!r}")
+
+_DISPATCH_KEYS = {"cpu": "CPU", "cuda": "CUDA"}
+_OPS_LIBRARY = Path(__file__).parents[1] / "_ops.so"
+
+
+def _checked(op: str, meaning: Callable[..., Any]) -> Callable[..., Any]:
+    """The reference as an owner: the contract is checked first, as the C++ owners do."""
+    names = [argument.name for argument in getattr(torch.ops.loraxs, op).default._schema.arguments]
+    shaped = [name for name in names if name not in ("scale", "p_drop", "need_dx", "need_dpages")]
+
+    @wraps(meaning)
+    def owner(*args: Any, **kwargs: Any) -> Any:
+        given = {name: None for name in names} | dict(zip(names, args, strict=False)) | kwargs
+        check(op, given["p_drop"] or 0.0, **{name: given[name] for name in shaped})
+        _check_slots(op, given["slots"], given["pages"].shape[0])
+        return meaning(*args, **kwargs)
+
+    return owner
+
+
+def _check_slots(op: str, slots: torch.Tensor | None, n_slots: int) -> None:
+    """Slots out of range are refused on the CPU; on a device that check would wait for the device."""
+    if slots is None or slots.device.type != "cpu" or slots.numel() == 0:
+        return
+    low, high = (int(v) for v in torch.aminmax(slots))
+    if low < -1 or high >= n_slots:
+        bad = low if low < -1 else high
+        raise ValueError(f"loraxs::{op}: slots: expected values in [-1, {n_slots}), got {bad}")
+
+
+def _register() -> bool:
+    """Register the reference everywhere and the compiled owners where they are built; True if they are."""
+    for op in OPS:
+        LIBRARY.impl(op, _checked(op, getattr(reference, op)), "CompositeExplicitAutograd")
+    if BACKEND == "reference":
+        return False
+    if not _OPS_LIBRARY.exists():
+        warnings.warn(
+            "loraxs_ext: the compiled ops are not built, every op runs in plain torch; "
+            "build them with `pip install --no-build-isolation -e .`",
+            stacklevel=2,
+        )
+        return False
+    torch.ops.load_library(str(_OPS_LIBRARY))
+    return True
+
+
+COMPILED = _register()
+
+
+def owners() -> dict[str, dict[str, str]]:
+    """Who computes each op: {op: {device type: "C++" | "CUDA" | "plain torch"}}, read from torch's dispatcher."""
+    names = {"cpu": "C++", "cuda": "CUDA"}
+    return {
+        op: {
+            device: names[device]
+            if torch._C._dispatch_has_kernel_for_dispatch_key(f"loraxs::{op}", key)
+            else "plain torch"
+            for device, key in _DISPATCH_KEYS.items()
+        }
+        for op in OPS
+    }

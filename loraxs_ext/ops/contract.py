@@ -1,0 +1,162 @@
+"""What each op is called with, and what it gives back: schema, shapes, dtypes and error messages, written once.
+
+Letters: M tokens (product of the leading dimensions of x), K d_in, N d_out, r rank, S slots. The eager check of every
+Python owner, the fake kernels, tests and benchmarks read the same table. The C++ owners check the same conditions
+again where memory safety begins (`csrc/glue`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+LIBRARY = torch.library.Library("loraxs", "DEF")
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class OpContract(NamedTuple):
+    """Schema of an op and the shapes of its tensor arguments; `*` stands for any leading dimensions, `?` for optional."""
+
+    schema: str
+    shapes: str
+
+
+OPS: Mapping[str, OpContract] = {
+    "linear": OpContract(
+        "(Tensor x, Tensor weight, Tensor? bias, Tensor a, Tensor b, Tensor pages, Tensor? slots, float scale, "
+        "float p_drop=0., Tensor? rng=None) -> (Tensor y, Tensor p)",
+        "x[*,K] weight[N,K] bias?[N] a[r,K] b[N,r] pages[S,r,r] slots?[M] rng?[2]",
+    ),
+    "linear_backward": OpContract(
+        "(Tensor dy, Tensor? weight, Tensor a, Tensor b, Tensor pages, Tensor? slots, Tensor p, float scale, "
+        "float p_drop, Tensor? rng, bool need_dx, bool need_dpages) -> (Tensor dx, Tensor dpages)",
+        "dy[*,N] weight?[N,K] a[r,K] b[N,r] pages[S,r,r] slots?[M] p[M,r] rng?[2]",
+    ),
+    "add_delta_": OpContract(
+        "(Tensor(a!) y, Tensor x, Tensor a, Tensor b, Tensor pages, Tensor? slots, float scale, float p_drop=0., "
+        "Tensor? rng=None) -> ()",
+        "x[*,K] y[*,N] a[r,K] b[N,r] pages[S,r,r] slots?[M] rng?[2]",
+    ),
+    "add_delta": OpContract(
+        "(Tensor y, Tensor x, Tensor a, Tensor b, Tensor pages, Tensor? slots, float scale, float p_drop=0., "
+        "Tensor? rng=None) -> (Tensor out, Tensor p)",
+        "x[*,K] y[*,N] a[r,K] b[N,r] pages[S,r,r] slots?[M] rng?[2]",
+    ),
+}
+
+for _name, _op in OPS.items():
+    LIBRARY.define(_name + _op.schema)
+
+_SHAPE = re.compile(r"(\w+)(\??)\[([^\]]*)\]")
+_SHAPES = {
+    op: [(name, bool(optional), dims.split(",")) for name, optional, dims in _SHAPE.findall(entry.shapes)]
+    for op, entry in OPS.items()
+}
+# The arguments that carry activations and weights share one dtype; what is absent here has a rule of its own below.
+_SAME_DTYPE = ("x", "dy", "y", "weight", "bias", "a", "b")
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums and of p: fp64 for fp64, else fp32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def check(op: str, p_drop: float = 0.0, **tensors: Tensor | None) -> None:
+    """Raise ValueError, naming the argument, what was expected and what came, unless `tensors` fit the contract of `op`.
+
+    Args:
+        op: a key of `OPS`.
+        p_drop: dropout probability; `rng` is required exactly when it is positive.
+        tensors: every tensor argument of the op by its name.
+    """
+    sizes: dict[str, int] = {}
+    lead: tuple[int, ...] | None = None
+    first: tuple[str, torch.dtype, torch.device] | None = None
+    for name, optional, dims in _SHAPES[op]:
+        tensor = tensors[name]
+        if tensor is None:
+            if not optional:
+                raise ValueError(f"loraxs::{op}: {name}: expected a tensor, got None")
+            continue
+        shape = tuple(tensor.shape)
+        if first is None:
+            if tensor.dtype not in FLOATS:
+                expected = ", ".join(map(str, FLOATS))
+                raise ValueError(f"loraxs::{op}: {name}: expected a dtype of {expected}, got {tensor.dtype}")
+            first = (name, tensor.dtype, tensor.device)
+        if dims[0] == "*":
+            dims = dims[1:]
+            if len(shape) < 1:
+                raise ValueError(f"loraxs::{op}: {name}: expected shape [..., {dims[0]}], got []")
+            if lead is not None and shape[:-1] != lead:
+                raise ValueError(f"loraxs::{op}: {name}: expected leading dimensions {list(lead)}, got {list(shape)}")
+            lead, shape = shape[:-1], shape[-1:]
+            sizes.setdefault("M", _product(lead))
+        if len(shape) != len(dims) or any(sizes.setdefault(d, n) != n for d, n in zip(dims, shape, strict=True)):
+            expected = ", ".join(f"{d}={sizes[d]}" if d in sizes else d for d in dims)
+            raise ValueError(f"loraxs::{op}: {name}: expected shape [{expected}], got {list(shape)}")
+        if tensor.device != first[2]:
+            raise ValueError(f"loraxs::{op}: {name}: expected device {first[2]} (as {first[0]}), got {tensor.device}")
+        _check_dtype(op, name, tensor.dtype, *first[:2])
+    if sizes["r"] < 1:
+        raise ValueError(f"loraxs::{op}: a: expected a rank of at least 1, got 0")
+    if sizes["S"] < 1:
+        raise ValueError(f"loraxs::{op}: pages: expected at least one slot, got 0")
+    if not 0.0 <= p_drop < 1.0:
+        raise ValueError(f"loraxs::{op}: p_drop: expected a probability in [0, 1), got {p_drop}")
+    if p_drop > 0.0 and tensors["rng"] is None:
+        raise ValueError(f"loraxs::{op}: rng: expected int64 [2] = (seed, offset) because p_drop is {p_drop}, got None")
+
+
+def _product(shape: tuple[int, ...]) -> int:
+    count = 1
+    for n in shape:
+        count = count * n
+    return count
+
+
+def _check_dtype(op: str, name: str, dtype: torch.dtype, first: str, first_dtype: torch.dtype) -> None:
+    if name in _SAME_DTYPE:
+        allowed: tuple[torch.dtype, ...] = (first_dtype,)
+    elif name == "pages":
+        allowed = (first_dtype, torch.float32)
+    elif name == "p":
+        allowed = (accumulate_dtype(first_dtype),)
+    else:
+        allowed = (torch.int32,) if name == "slots" else (torch.int64,)
+    if dtype not in allowed:
+        expected = " or ".join(map(str, dict.fromkeys(allowed)))
+        raise ValueError(f"loraxs::{op}: {name}: expected dtype {expected} (for {first} in {first_dtype}), got {dtype}")
+
+
+@torch.library.register_fake("loraxs::linear", lib=LIBRARY)
+def _linear_fake(x, weight, bias, a, b, pages, slots, scale, p_drop=0.0, rng=None):
+    check("linear", p_drop, x=x, weight=weight, bias=bias, a=a, b=b, pages=pages, slots=slots, rng=rng)
+    return x.new_empty(*x.shape[:-1], weight.shape[0]), _fake_p(x, a)
+
+
+@torch.library.register_fake("loraxs::linear_backward", lib=LIBRARY)
+def _linear_backward_fake(dy, weight, a, b, pages, slots, p, scale, p_drop, rng, need_dx, need_dpages):
+    check("linear_backward", p_drop, dy=dy, weight=weight, a=a, b=b, pages=pages, slots=slots, p=p, rng=rng)
+    dx = dy.new_empty(*dy.shape[:-1], a.shape[1]) if need_dx else dy.new_empty(0)
+    return dx, pages.new_empty(pages.shape) if need_dpages else pages.new_empty(0)
+
+
+@torch.library.register_fake("loraxs::add_delta_", lib=LIBRARY)
+def _add_delta_inplace_fake(y, x, a, b, pages, slots, scale, p_drop=0.0, rng=None):
+    check("add_delta_", p_drop, y=y, x=x, a=a, b=b, pages=pages, slots=slots, rng=rng)
+
+
+@torch.library.register_fake("loraxs::add_delta", lib=LIBRARY)
+def _add_delta_fake(y, x, a, b, pages, slots, scale, p_drop=0.0, rng=None):
+    check("add_delta", p_drop, y=y, x=x, a=a, b=b, pages=pages, slots=slots, rng=rng)
+    return y.new_empty(y.shape), _fake_p(x, a)
+
+
+def _fake_p(x: Tensor, a: Tensor) -> Tensor:
+    return x.new_empty(_product(tuple(x.shape[:-1])), a.shape[0], dtype=accumulate_dtype(x.dtype))
