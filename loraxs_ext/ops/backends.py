@@ -37,7 +37,9 @@ def _checked(op: str, meaning: Callable[..., Any]) -> Callable[..., Any]:
         given = {name: None for name in names} | dict(zip(names, args, strict=False)) | kwargs
         check(op, given["p_drop"] or 0.0, **{name: given[name] for name in shaped})
         _check_slots(op, given["slots"], given["pages"].shape[0])
-        return meaning(*args, **kwargs)
+        # The contract fixes the precision of every sum; autocast must not lower it inside the op.
+        with torch.autocast(given["a"].device.type, enabled=False):
+            return meaning(*args, **kwargs)
 
     return owner
 
@@ -74,13 +76,10 @@ COMPILED = _register()
 
 def owners() -> dict[str, dict[str, str]]:
     """Who computes each op: {op: {device type: "C++" | "CUDA" | "plain torch"}}, read from torch's dispatcher."""
-    names = {"cpu": "C++", "cuda": "CUDA"}
-    return {
-        op: {
-            device: names[device]
-            if torch._C._dispatch_has_kernel_for_dispatch_key(f"loraxs::{op}", key)
-            else "plain torch"
-            for device, key in _DISPATCH_KEYS.items()
-        }
-        for op in OPS
-    }
+    return {op: {device: _owner(op, device) for device in _DISPATCH_KEYS} for op in OPS}
+
+
+def _owner(op: str, device: str) -> str:
+    if torch._C._dispatch_has_kernel_for_dispatch_key(f"loraxs::{op}", _DISPATCH_KEYS[device]):
+        return {"cpu": "C++", "cuda": "CUDA"}[device]
+    return "plain torch"

@@ -20,7 +20,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class OpContract(NamedTuple):
-    """Schema of an op and the shapes of its tensor arguments; `*` stands for any leading dimensions, `?` for optional."""
+    """Schema of an op and the shapes of its tensor arguments: `*` any leading dimensions, `?` optional."""
 
     schema: str
     shapes: str
@@ -67,7 +67,7 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def check(op: str, p_drop: float = 0.0, **tensors: Tensor | None) -> None:
-    """Raise ValueError, naming the argument, what was expected and what came, unless `tensors` fit the contract of `op`.
+    """Raise ValueError, naming the argument, what was expected and what came, unless all fit the contract of `op`.
 
     Args:
         op: a key of `OPS`.
@@ -97,8 +97,8 @@ def check(op: str, p_drop: float = 0.0, **tensors: Tensor | None) -> None:
                 raise ValueError(f"loraxs::{op}: {name}: expected leading dimensions {list(lead)}, got {list(shape)}")
             lead, shape = shape[:-1], shape[-1:]
             sizes.setdefault("M", _product(lead))
-        if len(shape) != len(dims) or any(sizes.setdefault(d, n) != n for d, n in zip(dims, shape, strict=True)):
-            expected = ", ".join(f"{d}={sizes[d]}" if d in sizes else d for d in dims)
+        if len(shape) != len(dims) or any(_bind(sizes, d, n) != n for d, n in zip(dims, shape, strict=True)):
+            expected = ", ".join(f"{d}={sizes[d]}" if d in sizes and not d.isdigit() else d for d in dims)
             raise ValueError(f"loraxs::{op}: {name}: expected shape [{expected}], got {list(shape)}")
         if tensor.device != first[2]:
             raise ValueError(f"loraxs::{op}: {name}: expected device {first[2]} (as {first[0]}), got {tensor.device}")
@@ -111,6 +111,11 @@ def check(op: str, p_drop: float = 0.0, **tensors: Tensor | None) -> None:
         raise ValueError(f"loraxs::{op}: p_drop: expected a probability in [0, 1), got {p_drop}")
     if p_drop > 0.0 and tensors["rng"] is None:
         raise ValueError(f"loraxs::{op}: rng: expected int64 [2] = (seed, offset) because p_drop is {p_drop}, got None")
+
+
+def _bind(sizes: dict[str, int], dim: str, n: int) -> int:
+    """The size of `dim`: a number stands for itself, a letter for the first size it met."""
+    return int(dim) if dim.isdigit() else sizes.setdefault(dim, n)
 
 
 def _product(shape: tuple[int, ...]) -> int:

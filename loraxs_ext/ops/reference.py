@@ -9,6 +9,8 @@ Sums run in fp32 for half types (fp64 for fp64); y is rounded to the dtype of x 
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -62,10 +64,9 @@ def add_delta(
 ) -> tuple[Tensor, Tensor]:
     """y + s · ((drop(x) aᵀ) R_slotᵀ) bᵀ and p; arguments as in `linear`, with y [..., N] in the dtype of x."""
     acc = accumulate_dtype(x.dtype)
-    rows = x.reshape(-1, x.shape[-1])
-    p = _drop(rows.to(acc), p_drop, rng) @ a.to(acc).T
+    p = _drop(_rows(x).to(acc), p_drop, rng) @ a.to(acc).T
     q = _apply_pages(p, pages, slots)
-    flat = y.reshape(-1, y.shape[-1])
+    flat = _rows(y)
     out = (flat.to(acc) + scale * (q @ b.to(acc).T)).to(y.dtype)
     if slots is not None:
         # A base row stays what it was to the last bit: −0.0 + 0.0 would already change it.
@@ -101,7 +102,8 @@ def linear_backward(
         dx [..., K] in the dtype of dy, and dpages [S, r, r] in the dtype of pages.
     """
     acc = accumulate_dtype(dy.dtype)
-    dq = scale * (dy.reshape(-1, dy.shape[-1]).to(acc) @ b.to(acc))
+    rows = _rows(dy)
+    dq = scale * (rows.to(acc) @ b.to(acc))
     dx, dpages = dy.new_empty(0), pages.new_empty(0)
     if need_dpages:
         dpages = _sum_pages(dq, p, pages.shape[0], slots).to(pages.dtype)
@@ -109,7 +111,7 @@ def linear_backward(
         dlow = _apply_pages(dq, pages.mT, slots) @ a.to(acc)
         flat = _drop(dlow, p_drop, rng)
         if weight is not None:
-            flat = (dy.reshape(-1, dy.shape[-1]) @ weight).to(acc) + flat
+            flat = (rows @ weight).to(acc) + flat
         dx = flat.to(dy.dtype).reshape(*dy.shape[:-1], a.shape[1])
     return dx, dpages
 
@@ -127,6 +129,11 @@ def add_delta_(
 ) -> None:
     """`add_delta` written into y."""
     y.copy_(add_delta(y, x, a, b, pages, slots, scale, p_drop, rng)[0])
+
+
+def _rows(t: Tensor) -> Tensor:
+    """[..., n] → [M, n]; M is spelled out because −1 is ambiguous when n is 0."""
+    return t.reshape(math.prod(t.shape[:-1]), t.shape[-1])
 
 
 def _drop(rows: Tensor, p_drop: float, rng: Tensor | None) -> Tensor:
@@ -147,7 +154,7 @@ def _apply_pages(p: Tensor, pages: Tensor, slots: Tensor | None) -> Tensor:
 
 
 def _sum_pages(dq: Tensor, p: Tensor, n_slots: int, slots: Tensor | None) -> Tensor:
-    """dR_i = Σ dq_mᵀ p_m over the rows of slot i. `index_put_` with accumulate sums in a fixed order on every device."""
+    """dR_i = Σ dq_mᵀ p_m over the rows of slot i; `index_put_` with accumulate keeps a fixed order on every device."""
     if slots is None:
         first = dq.T @ p
         return torch.cat([first[None], first.new_zeros(n_slots - 1, *first.shape)]) if n_slots > 1 else first[None]

@@ -1,0 +1,85 @@
+"""How a basis is computed, as plain data: the part of an adapter file that makes its R meaningful again elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, get_args
+
+SigmaPlacement = Literal["A", "sqrt", "B"]
+Vectors = Literal["top", "middle", "bottom", "random"]
+Decomposition = Literal["converged", "exact"]
+
+# Version of the random numbers, sign rule and completion: a change of any of them changes computed bases.
+SKETCH_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything but the weight and the rank that determines A and B.
+
+    The rank is left out on purpose: singular vectors are ordered, so the factors of a smaller rank are the first rows
+    of those of a larger one (up to `tol`).
+
+    Args:
+        sigma: where the singular values sit. "A": a = ΣVᵀ, b = U (LoRA-XS). "sqrt": a = √ΣVᵀ, b = U√Σ (TinyLoRA).
+            "B": a = Vᵀ, b = UΣ (PSOFT).
+        vectors: which singular vectors. "top": from the largest down; "bottom": from the smallest up; "middle":
+            outward from the centre of the spectrum; "random": a permutation fixed by `seed`.
+        svd: "converged" iterates to `tol` and takes the exact path where that is cheaper; "exact" always decomposes
+            completely. Choices of vectors other than "top" are always exact.
+        n_oversamples: Ritz pairs kept beyond the rank, at least 1.
+        tol: bound on the sine of the largest angle between the computed and the true singular subspace.
+        max_iter: bound on the number of Lanczos steps (two products with the weight each).
+        seed: 64-bit seed of the starting block and of "random".
+        sketch_version: version of random numbers, signs and completion; only the current one can be computed.
+
+    Raises:
+        ValueError: a field is outside its choices or range.
+    """
+
+    sigma: SigmaPlacement = "A"
+    vectors: Vectors = "top"
+    svd: Decomposition = "converged"
+    n_oversamples: int = 10
+    tol: float = 1e-3
+    max_iter: int = 100
+    seed: int = 0
+    sketch_version: int = SKETCH_VERSION
+
+    def __post_init__(self) -> None:
+        for name, choices in (
+            ("sigma", get_args(SigmaPlacement)),
+            ("vectors", get_args(Vectors)),
+            ("svd", get_args(Decomposition)),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
+        for name in ("n_oversamples", "max_iter"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0.0 < self.tol < 1.0:
+            raise ValueError(f"tol must lie between 0 and 1, got {self.tol}")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must be in [0, 2^63), got {self.seed}")
+        if self.sketch_version != SKETCH_VERSION:
+            raise ValueError(
+                f"sketch_version {self.sketch_version} cannot be computed by this release, which knows {SKETCH_VERSION}"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON-ready plain values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Recipe:
+        """The recipe of `to_dict`; a field that is absent keeps its default.
+
+        Raises:
+            ValueError: an unknown field, or a value that is out of range.
+        """
+        known = [field.name for field in fields(cls)]
+        unknown = sorted(set(values) - set(known))
+        if unknown:
+            raise ValueError(f"recipe has unknown fields {unknown}; known are {known}")
+        return cls(**values)
