@@ -1,7 +1,14 @@
-"""LoRA-XS for PEFT models: fused layers, R-only adapters, and batches in which every row uses another adapter."""
+"""LoRA-XS for PEFT models: fused layers, R-only adapters, and batches in which every row uses another adapter.
+
+Importing this package registers `LoraXSConfig` with PEFT. It touches neither CUDA nor Triton nor a compiler.
+"""
 
 from __future__ import annotations
 
 from . import ops as ops
+from .basis import Recipe, randomized_svd
+from .peft import LoraXSConfig, LoraXSModel
 
 __version__ = "0.1.0"
+
+__all__ = ["LoraXSConfig", "LoraXSModel", "Recipe", "ops", "randomized_svd"]

@@ -25,7 +25,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Task:
-    """A classification task; ``test`` is read once, at the end, and ``dev`` only for curves and the baseline's decay."""
+    """A classification task. ``test`` is read once, at the end; ``dev`` is for curves and the baseline's decay."""
 
     name: str
     title: str

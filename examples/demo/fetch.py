@@ -71,7 +71,7 @@ SENTENCES = Package(
 
 
 def cache_root() -> Path:
-    """The folder for everything that can be downloaded or computed again: ``$LORAXS_CACHE``, else ~/.cache/loraxs_ext."""
+    """The folder for what can be downloaded or computed again: ``$LORAXS_CACHE``, else ~/.cache/loraxs_ext."""
     return Path(os.environ.get("LORAXS_CACHE") or Path.home() / ".cache" / "loraxs_ext").expanduser()
 
 

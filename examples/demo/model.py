@@ -82,4 +82,3 @@ def count_trainable(model: nn.Module) -> tuple[int, int]:
     head = sum(p.numel() for n, p in model.named_parameters() if p.requires_grad and ".head." in n)
     total = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return total - head, head
-

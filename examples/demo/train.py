@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import (
     PreTrainedTokenizerBase,
-    ProgressCallback,
+    PrinterCallback,
     Trainer,
     TrainerCallback,
     TrainerControl,
@@ -29,12 +29,13 @@ from .model import MAX_TOKENS, TextClassifier
 
 @dataclass(frozen=True)
 class Settings:
-    """Training settings of one adapter; together with seed and data they decide whether a saved one can be reused."""
+    """Training settings of one adapter; together with the data they decide whether a saved one can be reused."""
 
+    method: str = "LoRA-XS"
     rank: int = 16
-    epochs: int = 3
+    epochs: int = 2
     batch: int = 32
-    adapter_lr: float = 1e-2
+    adapter_lr: float = 5e-3
     head_lr: float = 1e-2
     warmup: float = 0.06
     seed: int = 0
@@ -83,8 +84,8 @@ class LengthBatches:
 
     def __iter__(self) -> Iterator[list[int]]:
         # A little noise on the length keeps the same rows from always meeting in one batch.
-        noisy = [(len(example["input_ids"]) * self.random.uniform(0.8, 1.25), row) for row, example in enumerate(self.examples)]
-        order = [row for _, row in sorted(noisy)]
+        noisy = [len(example["input_ids"]) * self.random.uniform(0.8, 1.25) for example in self.examples]
+        order = sorted(range(len(noisy)), key=noisy.__getitem__)
         batches = [order[start : start + self.batch] for start in range(0, len(order), self.batch)]
         self.random.shuffle(batches)
         return iter(batches)
@@ -170,7 +171,9 @@ class _Watch(TrainerCallback):
         self.dev_accuracy: list[float] = []
         self.bar: tqdm | None = None
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
+    ) -> None:
         self.bar = tqdm(total=state.max_steps, desc=self.label, unit="step", leave=False, disable=None)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
@@ -244,6 +247,7 @@ def train_adapter(
         optimizers=(torch.optim.AdamW(groups, weight_decay=0.0), None),
         callbacks=[watch],
     )
+    trainer.remove_callback(PrinterCallback)
     start = time.perf_counter()
     trainer.train()
     return Curve(watch.loss, watch.dev_accuracy, steps), time.perf_counter() - start
@@ -251,4 +255,8 @@ def train_adapter(
 
 def tokenise_task(tokenizer: PreTrainedTokenizerBase, task: Task) -> dict[str, list[dict]]:
     """Tokenised examples of a task by part: "train", "dev", "test"."""
-    return {"train": encode(tokenizer, task.train), "dev": encode(tokenizer, task.dev), "test": encode(tokenizer, task.test)}
+    return {
+        "train": encode(tokenizer, task.train),
+        "dev": encode(tokenizer, task.dev),
+        "test": encode(tokenizer, task.test),
+    }

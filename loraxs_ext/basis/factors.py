@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .precision import times_power_of_two
 from .recipe import SigmaPlacement
 
 
@@ -27,22 +29,29 @@ class Factors(NamedTuple):
 
 
 def place_sigma(
-    W: Tensor, left: Tensor, right: Tensor, projected: Tensor, s: Tensor, sigma: SigmaPlacement
+    left: Tensor, right: Tensor, s: Tensor, sigma: SigmaPlacement, exponents: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
-    """Factors (a, bt) of the requested placement, the last one computed from W by a product, so that they fit exactly.
+    """Factors (a, bt) of the requested placement, from one side's unit vectors and the product of W with them.
 
-    "A": bt = Uᵀ, a = UᵀW. "B": a = Vᵀ, bt = V ᵀWᵀ. "sqrt": bt = √ΣUᵀ, a = √Σ⁻¹UᵀW (0 where a singular value is 0).
+    "A" takes left = Uᵀ and right = UᵀW as they are; "B" takes left = VᵀWᵀ and right = Vᵀ; "sqrt" takes those of "A" and
+    moves √Σ from right to left: bt = √ΣUᵀ, a = √Σ⁻¹UᵀW, 0 where a singular value is 0. No product is formed after this,
+    so the factors fit W to the rounding of one product.
 
     Args:
-        W: [..., N, K].
-        left, right: [..., r, N] and [..., r, K] orthonormal rows Uᵀ and Vᵀ.
-        projected: [..., r, K], the product UᵀW.
-        s: [..., r] singular values.
+        left: [b, r, N].
+        right: [b, r, K].
+        s: [b, r] singular values.
         sigma: where the singular values go.
+        exponents: b even integers; the products and `s` are those of W times 2^−exponent.
+
+    Returns:
+        a [b, r, K] and bt [b, r, N] at the scale of W.
     """
     if sigma == "A":
-        return projected, left
+        return times_power_of_two(right, exponents), left
     if sigma == "B":
-        return right, right @ W.mT
+        return right, times_power_of_two(left, exponents)
     root = s.sqrt()[..., None]
-    return torch.where(root > 0, projected / root, 0.0), left * root
+    halves = [exponent // 2 for exponent in exponents]
+    moved = torch.where(root > 0, right / root, 0.0)
+    return times_power_of_two(moved, halves), times_power_of_two(left * root, halves)

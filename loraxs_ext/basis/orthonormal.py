@@ -1,7 +1,7 @@
 """Orthonormal bases by Cholesky factorisation of an fp64 Gram matrix: products and small triangles only.
 
 Householder QR loops over the batch on CUDA; CholeskyQR (Fukaya et al., "Shifted Cholesky QR", SIAM J. Sci. Comput.
-42, 2020) is all GEMM. With the Gram matrix in fp64 one pass serves an fp32 block of condition up to 1e5, and worse
+42, 2020) is all GEMM. With the Gram matrix in fp64 one pass serves an fp32 block of condition up to 1e3, and worse
 ones are repeated until they are orthonormal.
 """
 
@@ -17,26 +17,6 @@ _MAX_PASSES = 8
 # for results that are rounded to fp32 or less, and a few ulp for fp64.
 _PIVOT_FP32 = 1e-6
 _PIVOT_FP64 = 0.25
-
-
-def _cholesky(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """Lower factor of unit-diagonal Gram matrices, shifted where they are numerically singular, and those places."""
-    lower, info = torch.linalg.cholesky_ex(gram)
-    singular = info > 0
-    if bool(singular.any()):
-        # The smallest shift that is certain to make the factorisation succeed (Fukaya et al., equation 3.9).
-        shift = 11.0 * torch.finfo(gram.dtype).eps * gram.shape[-1] * (gram.shape[-1] + 1)
-        eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-        shifted = torch.linalg.cholesky(torch.where(singular[..., None, None], gram + shift * eye, eye))
-        lower = torch.where(singular[..., None, None], shifted, lower)
-    return lower, singular
-
-
-def _unit_rows(rows: Tensor, stand_in: Tensor) -> Tensor:
-    """Rows scaled to length 1; rows of length 0 are replaced by those of `stand_in`."""
-    peak = rows.abs().amax(-1, keepdim=True)
-    rows = torch.where(peak > 0, rows / peak, stand_in)
-    return rows / torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
 
 
 def orthonormalize_rows(Y: Tensor) -> Tensor:
@@ -59,23 +39,50 @@ def orthonormalize_rows(Y: Tensor) -> Tensor:
     result = torch.float64 if Y.dtype == torch.float64 else torch.float32
     if Y.numel() == 0:
         return Y.to(result)
-    limit = _PIVOT_FP64 if Y.dtype == torch.float64 else _PIVOT_FP32
-    stand_in = probes(count, length, COMPLETION, device=Y.device, dtype=torch.float64)
-    Q = _unit_rows(Y.double(), stand_in)
-    done = torch.zeros(Y.shape[:-2], dtype=torch.bool, device=Y.device)
-    for attempt in range(_MAX_PASSES):
-        lower, singular = _cholesky(Q @ Q.mT)
-        pivot = lower.diagonal(dim1=-2, dim2=-1).square().amin(-1)
-        step = torch.linalg.solve_triangular(lower, Q, upper=False)
-        # A row that vanished under the shift is noise: give it a direction of its own for the next pass.
-        lost = singular[..., None, None] & (torch.linalg.vector_norm(step, dim=-1, keepdim=True) < 0.5)
-        step = _unit_rows(torch.where(lost, stand_in, step), stand_in)
+    limit = _PIVOT_FP64 if result == torch.float64 else _PIVOT_FP32
+    Q = Y.double()
+    gram = Q @ Q.mT
+    norm = gram.diagonal(dim1=-2, dim2=-1).sqrt()[..., None]
+    lower, info = torch.linalg.cholesky_ex(gram / (norm * norm.mT))
+    pivot = lower.diagonal(dim1=-2, dim2=-1).square().amin(-1)
+    good = (info == 0) & (pivot >= limit)
+    Q = torch.linalg.solve_triangular(lower * norm, Q, upper=False)
+    if not bool(good.all()):
+        Q = torch.where(good[..., None, None], Q, _orthonormalize_hard(Y.double(), limit))
+    return Q.to(result)
+
+
+def _orthonormalize_hard(Q: Tensor, limit: float) -> Tensor:
+    """The same for ill-conditioned, dependent and zero rows: repeated passes, shifted while the Gram is singular."""
+    count, length = Q.shape[-2:]
+    eye = torch.eye(count, dtype=Q.dtype, device=Q.device)
+    # The smallest shift that is certain to make the factorisation succeed (Fukaya et al., section 3).
+    shift = 11.0 * torch.finfo(Q.dtype).eps * (length * count + count * (count + 1))
+    stand_in = probes(count, length, COMPLETION, device=Q.device, dtype=Q.dtype)
+    Q = _unit_rows(Q, stand_in)
+    done = torch.zeros(Q.shape[:-2], dtype=torch.bool, device=Q.device)
+    for _ in range(_MAX_PASSES):
+        gram = Q @ Q.mT
+        lower, info = torch.linalg.cholesky_ex(gram)
+        singular = (info > 0)[..., None, None]
+        shifted = torch.linalg.cholesky(torch.where(singular, gram + shift * eye, eye))
+        lower = torch.where(singular, shifted, lower)
+        pivots = lower.diagonal(dim1=-2, dim2=-1).square()[..., None]
+        # A row that all but vanishes is rounding noise of the rows before it: it gets a direction of its own.
+        lost = singular & (pivots < 4.0 * shift)
+        step = _unit_rows(torch.where(lost, 0.0, torch.linalg.solve_triangular(lower, Q, upper=False)), stand_in)
         Q = torch.where(done[..., None, None], Q, step)
-        done = done | (~singular & (pivot >= limit))
+        done = done | ((info == 0) & (pivots.amin((-2, -1)) >= limit))
         if bool(done.all()):
-            return Q.to(result)
-        stand_in = stand_in.roll(attempt + 1, -1)
+            return Q
     raise RuntimeError(f"Y could not be orthonormalised in {_MAX_PASSES} passes; are its entries finite?")
+
+
+def _unit_rows(rows: Tensor, stand_in: Tensor) -> Tensor:
+    """Rows scaled to length 1; rows of length 0 are replaced by those of `stand_in`."""
+    peak = rows.abs().amax(-1, keepdim=True)
+    rows = torch.where(peak > 0, rows / peak, stand_in)
+    return rows / torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
 
 
 def orthonormalize(Y: Tensor) -> Tensor:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -25,12 +26,12 @@ def full_precision(device: torch.device) -> Iterator[None]:
             torch.set_float32_matmul_precision(before)
 
 
-def check_weight(weight: Tensor, name: str) -> None:
-    """Refuse what has no singular value decomposition.
+def check_floating(weight: Tensor, name: str) -> None:
+    """Refuse what is not a floating-point matrix.
 
     Raises:
-        TypeError: not a floating-point tensor (a quantised weight must be dequantised first).
-        ValueError: fewer than two dimensions, or NaN or Inf among the entries.
+        TypeError: another dtype (a quantised weight must be dequantised first).
+        ValueError: fewer than two dimensions.
     """
     if weight.dtype not in _FLOATS:
         raise TypeError(
@@ -38,35 +39,59 @@ def check_weight(weight: Tensor, name: str) -> None:
         )
     if weight.ndim < 2:
         raise ValueError(f"weight {name!r} must have at least 2 dimensions, got shape {tuple(weight.shape)}")
-    if weight.numel() == 0:
-        return
-    low, high = (float(bound) for bound in torch.aminmax(weight))
-    if low != low or high != high:
-        raise ValueError(f"weight {name!r} contains NaN")
-    if low == float("-inf") or high == float("inf"):
-        raise ValueError(f"weight {name!r} contains Inf")
 
 
-def times_power_of_two(values: Tensor, exponent: Tensor) -> Tensor:
-    """values · 2^exponent, in two steps so that no factor leaves the range of the dtype (exponents up to ±250)."""
-    half = exponent.div(2, rounding_mode="floor")
-    for part in (half, exponent - half):
-        values = values * torch.exp2(part.to(values.dtype))
+def finite_peaks(W: Tensor, names: Sequence[str]) -> list[float]:
+    """Largest absolute entry of each matrix.
+
+    Args:
+        W: [b, N, K] of a float type, not empty.
+        names: b names for the error message.
+
+    Raises:
+        ValueError: a matrix contains NaN or Inf.
+    """
+    peaks = torch.maximum(-W.amin((-2, -1)), W.amax((-2, -1))).tolist()
+    for peak, name in zip(peaks, names, strict=True):
+        if not math.isfinite(peak):
+            raise ValueError(f"weight {name!r} contains {'NaN' if math.isnan(peak) else 'Inf'}")
+    return peaks
+
+
+def scale_exponents(peaks: Sequence[float]) -> list[int]:
+    """Even exponents e such that a matrix times 2^−e has entries of moderate size; 0 where it has already."""
+    exponents = [0 if peak == 0.0 else math.frexp(peak)[1] for peak in peaks]
+    return [0 if abs(e) <= _SAFE_EXPONENT else e - e % 2 for e in exponents]
+
+
+def times_power_of_two(values: Tensor, exponents: Sequence[int]) -> Tensor:
+    """values[i] · 2^exponents[i], exact but for overflow and underflow of the result.
+
+    Args:
+        values: [b, ...].
+        exponents: b integers within the range of values' dtype.
+    """
+    if not any(exponents):
+        return values
+    # Two factors, because 2^±149 itself is out of the range of fp32.
+    for part in ([e // 2 for e in exponents], [e - e // 2 for e in exponents]):
+        factor = torch.tensor([math.ldexp(1.0, e) for e in part], dtype=values.dtype, device=values.device)
+        values = values * factor.reshape(-1, *[1] * (values.ndim - 1))
     return values
 
 
-def prescale(W: Tensor) -> tuple[Tensor, Tensor]:
-    """Bring each matrix's largest entry near 1 by a power of two, where it is far from it.
+def multiply_rows(rows: Tensor, matrix: Tensor) -> Tensor:
+    """rows · matrix for few rows and a large matrix, never asking BLAS to transpose the large operand.
+
+    With the transpose on the small side a CPU takes two thirds of the time (0.30 against 0.45 ms for 16 × 1024²).
 
     Args:
-        W: [b, N, K], finite.
+        rows: [b, l, n].
+        matrix: [b, n, m], row-major or the transpose of a row-major matrix.
 
     Returns:
-        The scaled matrices (W itself if none needed it) and the int64 exponents [b]: W = scaled · 2^exponent.
+        [b, l, m], contiguous.
     """
-    peak = W.abs().amax((-2, -1)).double()
-    exponent = torch.floor(torch.log2(torch.where(peak > 0, peak, 1.0))).long()
-    exponent = torch.where(exponent.abs() > _SAFE_EXPONENT, exponent, 0)
-    if not bool(exponent.any()):
-        return W, exponent
-    return times_power_of_two(W, -exponent[:, None, None]), exponent
+    if matrix.stride(-1) == 1:
+        return rows @ matrix
+    return (matrix.mT @ rows.mT).mT.contiguous()

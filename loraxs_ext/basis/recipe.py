@@ -28,7 +28,7 @@ class Recipe:
             outward from the centre of the spectrum; "random": a permutation fixed by `seed`.
         svd: "converged" iterates to `tol` and takes the exact path where that is cheaper; "exact" always decomposes
             completely. Choices of vectors other than "top" are always exact.
-        n_oversamples: Ritz pairs kept beyond the rank, at least 1.
+        n_oversamples: Ritz vectors beyond the rank that survive a restart of the iteration, at least 1.
         tol: bound on the sine of the largest angle between the computed and the true singular subspace.
         max_iter: bound on the number of Lanczos steps (two products with the weight each).
         seed: 64-bit seed of the starting block and of "random".
@@ -41,7 +41,7 @@ class Recipe:
     sigma: SigmaPlacement = "A"
     vectors: Vectors = "top"
     svd: Decomposition = "converged"
-    n_oversamples: int = 10
+    n_oversamples: int = 32
     tol: float = 1e-3
     max_iter: int = 100
     seed: int = 0

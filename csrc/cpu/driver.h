@@ -1,0 +1,42 @@
+// The low-rank part of the ops on raw pointers: scratch, threads and the order of the primitives.
+#pragma once
+#include "cpu/lowrank.h"
+
+namespace loraxs::cpu {
+
+// out = in + keep-masked s * (p R_slotᵀ) bt with p = drop(x) aᵀ.
+template <class T, class P>
+struct Forward {
+  int64_t M, K, N, r;
+  const T *x, *a, *bt;
+  const P* pages;
+  const int32_t* slots;
+  const T* in;
+  T* out;
+  acc_t<T>* p;  // [M, r], written
+  double scale;
+  const Dropout* dropout;
+  double keep_scale;  // 1 / (1 - p_drop)
+};
+template <class T, class P>
+void forward(const Forward<T, P>&);
+
+// dq = s * dy btᵀ;  dpages[i] = sum over slot i of dqᵀ p;  dx = in + mask * keep_scale * (dq R_slot) a.
+template <class T, class P>
+struct Backward {
+  int64_t M, K, N, r, S;
+  const T *dy, *a, *bt;
+  const P* pages;
+  const int32_t* slots;
+  const acc_t<T>* p;
+  const T* in;  // dy W, or null for zeros
+  T* dx;        // null: not needed
+  P* dpages;    // null: not needed
+  double scale;
+  const Dropout* dropout;
+  double keep_scale;
+};
+template <class T, class P>
+void backward(const Backward<T, P>&);
+
+}  // namespace loraxs::cpu

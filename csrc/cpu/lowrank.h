@@ -1,0 +1,95 @@
+// The CPU side's primitives: what one instruction-set level has to provide, and the table that holds them.
+#pragma once
+#include <cstdint>
+
+#include "kernels/philox.h"
+
+namespace loraxs::cpu {
+
+// Storage-only element types: arithmetic on them lives in the per-ISA files.
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
+
+// Half types accumulate in fp32, fp64 in fp64.
+template <class T>
+struct acc_of {
+  using type = float;
+};
+template <>
+struct acc_of<double> {
+  using type = double;
+};
+template <class T>
+using acc_t = typename acc_of<T>::type;
+
+// p[m, i] = alpha * sum_k keep(row0 + m, k) x[m, k] a[i, k];  x, a contiguous along k.
+template <class T>
+struct Project {
+  const T *x, *a;
+  acc_t<T>* p;
+  int64_t ldx, lda, ldp, M, K, r;
+  acc_t<T> alpha;
+  const Dropout* dropout;  // null: keep everything
+  int64_t row0;            // absolute row of x[0], the dropout counter
+  bool wide;               // enough rows in the whole problem for matrix tiles; not a property of this call's share
+};
+
+// out[m, n] = in[m, n] + keep(row0 + m, col0 + n) * sum_i q[m, i] b[i, n];  b contiguous along n.
+// Rows whose slot is negative are copied bit for bit (or left alone when in == out). in == null stands for zeros.
+template <class T>
+struct Expand {
+  const T* in;
+  T* out;
+  const acc_t<T>* q;
+  const T* b;
+  int64_t ldio, ldq, ldb, M, N, r;
+  const int32_t* slots;  // null: every row is live
+  const Dropout* dropout;
+  int64_t row0, col0;  // col0 is a multiple of 64
+  bool wide;
+};
+
+// q[m] = alpha * R p[m], or alpha * Rᵀ p[m] when `transposed`, with R = pages[slots[m]]; zero for negative slots.
+template <class A, class P>
+struct Rotate {
+  const A* p;
+  const P* pages;
+  const int32_t* slots;  // null: page 0
+  A* q;
+  int64_t M, r;
+  A alpha;
+  bool transposed;
+};
+
+// d[i, j] = sum_t dq[rows[t], i] p[rows[t], j] for i in [i0, i1): one slot's gradient, rows summed in list order.
+template <class A, class P>
+struct Outer {
+  const A *dq, *p;
+  const int32_t* rows;  // null: 0, 1, 2, …
+  int64_t count, r, i0, i1;
+  P* d;
+};
+
+template <class T>
+struct Dense {
+  void (*project)(const Project<T>&);
+  void (*expand)(const Expand<T>&);
+};
+template <class A, class P>
+struct Paged {
+  void (*rotate)(const Rotate<A, P>&);
+  void (*outer)(const Outer<A, P>&);
+};
+
+// One instruction-set level. Inheritance only so that a template can pick its entry by type.
+struct Kernels : Dense<float>, Dense<bf16>, Dense<f16>, Paged<float, float>, Paged<float, bf16>, Paged<float, f16> {};
+struct Kernels64 : Dense<double>, Paged<double, double>, Paged<double, float> {};
+
+extern const Kernels portable_kernels, avx2_kernels, avx512_kernels, avx512_bf16_kernels, amx_bf16_kernels;
+extern const Kernels64 portable_kernels64;
+
+}  // namespace loraxs::cpu

@@ -1,0 +1,109 @@
+// The r x r step: every row gathers its own R (rotate), every slot sums its own gradient (outer). Included once per ISA.
+//
+// There is no fast path for one adapter: a row costs the same whichever page it reads, and sorting rows by page is slower.
+#pragma once
+#include "cpu/project.h"
+
+namespace loraxs::cpu {
+namespace {
+
+// q[i] = alpha * sum_j R[i, j] p[j], four outputs at a time.
+template <class A, class P>
+void rotate_row(const A* p, const P* page, A* q, int64_t r, A alpha) {
+  using V = Vec<A>;
+  for (int64_t i = 0; i < r; i += 4) {
+    const P* row[4];
+    V sum[4];
+    for (int c = 0; c < 4; ++c) row[c] = page + least(i + c, r - 1) * r, sum[c] = V::zero();
+    int64_t j = 0;
+    for (; j + V::lanes <= r; j += V::lanes) {
+      const V tp = V::load(p + j);
+      for (int c = 0; c < 4; ++c) sum[c] = sum[c].fma(tp, V::load(row[c] + j));
+    }
+    if (j < r) {
+      const int n = int(r - j);
+      const V tp = V::load_n(p + j, n);
+      for (int c = 0; c < 4; ++c) sum[c] = sum[c].fma(tp, V::load_n(row[c] + j, n));
+    }
+    A s[4];
+    V::sum4(sum[0], sum[1], sum[2], sum[3], s);
+    for (int64_t c = 0; c < least(4, r - i); ++c) q[i + c] = alpha * s[c];
+  }
+}
+
+// q[j] = alpha * sum_i p[i] R[i, j], C vectors of j at a time.
+template <int C, class A, class P>
+void rotate_back(const A* p, const P* page, A* q, int64_t r, int64_t j, int left, A alpha) {
+  using V = Vec<A>;
+  V sum[C];
+  for (int c = 0; c < C; ++c) sum[c] = V::zero();
+  for (int64_t i = 0; i < r; ++i) {
+    const V tp = V::splat(p[i]);
+    const P* row = page + i * r + j;
+    for (int c = 0; c < C; ++c)
+      sum[c] = sum[c].fma(tp, C == 1 && left < V::lanes ? V::load_n(row, left) : V::load(row + c * V::lanes));
+  }
+  for (int c = 0; c < C; ++c) {
+    const V v = sum[c] * V::splat(alpha);
+    if (C == 1 && left < V::lanes)
+      v.store_n(q + j, left);
+    else
+      v.store(q + j + c * V::lanes);
+  }
+}
+
+template <class A, class P>
+void rotate(const Rotate<A, P>& g) {
+  constexpr int lanes = Vec<A>::lanes;
+  for (int64_t m = 0; m < g.M; ++m) {
+    const int64_t slot = g.slots ? g.slots[m] : 0;
+    const A* p = g.p + m * g.r;
+    A* q = g.q + m * g.r;
+    if (slot < 0) {
+      for (int64_t i = 0; i < g.r; ++i) q[i] = 0;
+      continue;
+    }
+    const P* page = g.pages + slot * g.r * g.r;
+    if (!g.transposed) {
+      rotate_row(p, page, q, g.r, g.alpha);
+      continue;
+    }
+    int64_t j = 0;
+    for (; j + 4 * lanes <= g.r; j += 4 * lanes) rotate_back<4>(p, page, q, g.r, j, lanes, g.alpha);
+    for (; j < g.r; j += lanes) rotate_back<1>(p, page, q, g.r, j, int(least(lanes, g.r - j)), g.alpha);
+  }
+}
+
+// Rows are summed in pieces of this many, and the pieces in order: the rounding error of a long sum grows with the
+// piece, and the result depends on nothing but the slot's own rows.
+constexpr int64_t kOuterPiece = 128;
+
+// d[i0 .. i0 + 4, j .. j + lanes) of one slot.
+template <class A, class P>
+void outer_block(const Outer<A, P>& g, int64_t i, int64_t j) {
+  using V = Vec<A>;
+  const int left = int(least(V::lanes, g.r - j));
+  int64_t col[4];
+  V total[4];
+  for (int c = 0; c < 4; ++c) col[c] = least(i + c, g.i1 - 1), total[c] = V::zero();
+  for (int64_t t0 = 0; t0 < g.count; t0 += kOuterPiece) {
+    V sum[4];
+    for (int c = 0; c < 4; ++c) sum[c] = V::zero();
+    for (int64_t t = t0; t < least(t0 + kOuterPiece, g.count); ++t) {
+      const int64_t m = g.rows ? g.rows[t] : t;
+      const V tp = left == V::lanes ? V::load(g.p + m * g.r + j) : V::load_n(g.p + m * g.r + j, left);
+      for (int c = 0; c < 4; ++c) sum[c] = sum[c].fma(V::splat(g.dq[m * g.r + col[c]]), tp);
+    }
+    for (int c = 0; c < 4; ++c) total[c] = total[c] + sum[c];
+  }
+  for (int64_t c = 0; c < least(4, g.i1 - i); ++c) total[c].store_n(g.d + (i + c) * g.r + j, left);
+}
+
+template <class A, class P>
+void outer(const Outer<A, P>& g) {
+  for (int64_t i = g.i0; i < g.i1; i += 4)
+    for (int64_t j = 0; j < g.r; j += Vec<A>::lanes) outer_block(g, i, j);
+}
+
+}  // namespace
+}  // namespace loraxs::cpu

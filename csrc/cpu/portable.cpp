@@ -1,0 +1,23 @@
+#define LORAXS_SIMD "cpu/simd_portable.h"
+#include "cpu/expand.h"
+#include "cpu/paged.h"
+#include "cpu/project.h"
+
+namespace loraxs::cpu {
+
+const Kernels portable_kernels = {
+    {project<float>, expand<float>},
+    {project<bf16>, expand<bf16>},
+    {project<f16>, expand<f16>},
+    {rotate<float, float>, outer<float, float>},
+    {rotate<float, bf16>, outer<float, bf16>},
+    {rotate<float, f16>, outer<float, f16>},
+};
+
+const Kernels64 portable_kernels64 = {
+    {project<double>, expand<double>},
+    {rotate<double, double>, outer<double, double>},
+    {rotate<double, float>, outer<double, float>},
+};
+
+}  // namespace loraxs::cpu

@@ -1,0 +1,203 @@
+"""From a stack of equal shapes to orthonormal left vectors, the product UᵀW and an error for every cut."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .angles import cut_bounds
+from .exact import Subspace, full_svd, gram_subspace
+from .lanczos import block_size, lanczos_subspace
+from .orthonormal import orthonormalize_rows
+from .precision import multiply_rows
+from .probes import COMPLETION, SIGN, probes
+from .recipe import Recipe
+
+Method = Literal["auto", "block_lanczos", "exact"]
+
+# On a CPU a complete fp64 eigendecomposition costs less than iterating below this side, or for large rank fractions.
+_EXACT_SIDE = 512
+_EXACT_FRACTION = 8
+# Singular values below this many eps · σ_1 are what rounding left of zero.
+_ZERO = 16.0
+
+
+class Convergence(NamedTuple):
+    """What was measured about one weight: subspace error, relative gap of σ² at the cut, Lanczos steps."""
+
+    error: float
+    gap: float
+    steps: int
+
+
+class Triplets(NamedTuple):
+    """Singular triplets of a stack of matrices, in the order of the recipe's choice of vectors.
+
+    Attributes:
+        left: [b, r, N] orthonormal rows Uᵀ, signs canonical.
+        projected: [b, r, K], the product UᵀW = ΣVᵀ.
+        right: [b, r, K] orthonormal rows Vᵀ.
+        s: [b, r] singular values, the lengths of the rows of `projected`.
+        errors: [b, r] fp64, estimated sine of the largest angle to the true subspace when the rank were 1…r.
+        gaps: [b, r] fp64, distance of the r chosen σ² to those outside, per rank, relative to the closest chosen one.
+        steps: [b] int64, Lanczos steps; 0 where the decomposition was complete.
+    """
+
+    left: Tensor
+    projected: Tensor
+    right: Tensor
+    s: Tensor
+    errors: Tensor
+    gaps: Tensor
+    steps: Tensor
+
+    def convergence(self) -> list[Convergence]:
+        """What was measured at the full rank, for each matrix."""
+        columns = (self.errors[:, -1].tolist(), self.gaps[:, -1].tolist(), self.steps.tolist())
+        return [Convergence(*row) for row in zip(*columns, strict=True)]
+
+
+def choose_method(W: Tensor, rank: int, recipe: Recipe, method: Method) -> Method:
+    """The method that `auto` stands for: complete where that is cheap or needed, block Lanczos elsewhere."""
+    side = min(W.shape[-2:])
+    if recipe.svd == "exact" or recipe.vectors != "top":
+        return "exact"
+    if method == "auto":
+        return "exact" if side <= _EXACT_SIDE or _EXACT_FRACTION * rank > side else "block_lanczos"
+    return method
+
+
+def check_rank(rank: int, shape: Sequence[int], name: str) -> None:
+    """Refuse ranks that the matrix does not have.
+
+    Raises:
+        ValueError: rank < 1 or rank > min(N, K).
+    """
+    if not 1 <= rank <= min(shape[-2:]):
+        raise ValueError(
+            f"rank of weight {name!r} must be between 1 and min(N, K) = {min(shape[-2:])} for shape {tuple(shape)}, "
+            f"got {rank}"
+        )
+
+
+def solve(W: Tensor, rank: int, recipe: Recipe, method: Method = "auto") -> Triplets:
+    """Singular triplets of a stack of matrices.
+
+    Args:
+        W: [b, N, K], fp32 or fp64, finite, entries of moderate size (`precision.scale_exponents`).
+        rank: between 1 and min(N, K).
+        recipe: vectors, svd, n_oversamples, tol, max_iter and seed are used.
+        method: "auto", or one of the others to force it.
+    """
+    chosen = choose_method(W, rank, recipe, method)
+    if chosen == "exact":
+        return _solve_exact(W, rank, recipe)
+    # On a CPU products are as fast one matrix at a time, and then a result never depends on what it is batched with.
+    pieces = W.split(1) if W.device.type == "cpu" else (W,)
+    done = [_solve_iteratively(piece, rank, recipe) for piece in pieces]
+    return done[0] if len(done) == 1 else Triplets(*(torch.cat(parts) for parts in zip(*done, strict=True)))
+
+
+def _solve_exact(W: Tensor, rank: int, recipe: Recipe) -> Triplets:
+    if recipe.vectors == "top" and W.dtype != torch.float64:
+        return _finish(W, gram_subspace(_short(W), rank))
+    left, right, rest = full_svd(W, rank, recipe.vectors, recipe.seed)
+    unknown = torch.full_like(left[..., 0], torch.inf)
+    return _measure(W, left.to(W.dtype), right.to(W.dtype), rest, unknown, unknown[:, 0].isfinite().long())
+
+
+def _solve_iteratively(W: Tensor, rank: int, recipe: Recipe) -> Triplets:
+    options = (rank, recipe.n_oversamples, recipe.tol, recipe.max_iter, recipe.seed, block_size(W.device))
+    found = _finish(W, lanczos_subspace(_short(W), *options))
+    # What rounding in fp32 leaves unresolved (a large σ_1 above a small gap) is repeated in fp64.
+    again = (found.errors[:, -1] > recipe.tol) & (found.steps > 0) & (found.steps < recipe.max_iter)
+    if W.dtype == torch.float64 or not bool(again.any()):
+        return found
+    where = again.nonzero()[:, 0]
+    finer = _finish(W[where], lanczos_subspace(_short(W[where].double()), *options))
+    for kept, new in zip(found, finer, strict=True):
+        kept[where] = new
+    return found
+
+
+def _short(W: Tensor) -> Tensor:
+    """The stack seen from its shorter side: [b, n, m] with n ≤ m."""
+    return W if W.shape[-2] <= W.shape[-1] else W.mT
+
+
+def _finish(W: Tensor, subspace: Subspace) -> Triplets:
+    """Rayleigh–Ritz on the candidate subspace of the shorter side, then the orthonormal left vectors."""
+    short = _short(W)
+    image = multiply_rows(subspace.basis.to(W.dtype), short).double()
+    values, rotation = torch.linalg.eigh(image @ image.mT)
+    values, rotation = values.flip(-1).clamp_min(0.0), rotation.flip(-1).mT
+    candidate = rotation @ (subspace.basis.double() if short is W else image)
+    # Directions of singular values that are zero are arbitrary; fixed ones make them the same everywhere.
+    stand_in = probes(*candidate.shape[-2:], COMPLETION, device=W.device, dtype=torch.float64)
+    zero = values.sqrt() <= _zero_level(values[:, :1].sqrt(), W.dtype)
+    left = orthonormalize_rows(torch.where(zero[..., None], stand_in, candidate)).to(W.dtype)
+    return _measure(W, left, None, subspace.rest, subspace.drift, subspace.steps)
+
+
+def _measure(W: Tensor, left: Tensor, right: Tensor | None, rest: Tensor, drift: Tensor, steps: Tensor) -> Triplets:
+    """Fix the signs, form UᵀW, and measure the subspace error of every cut.
+
+    The bound by residuals is far above the error of an iterated subspace, so the smaller of it and of the drift seen
+    during the iteration counts.
+    """
+    sign = canonical_signs(left)
+    left = left * sign
+    projected = multiply_rows(left, W)
+    lengths = torch.linalg.vector_norm(projected.double(), dim=-1)
+    level = _zero_level(torch.cat([lengths, rest], -1).amax(-1, keepdim=True), W.dtype)
+    if right is None:
+        stand_in = probes(*projected.shape[-2:], COMPLETION, device=W.device, dtype=torch.float64)
+        unit = projected.double() / lengths[..., None].clamp_min(1e-300)
+        right = orthonormalize_rows(torch.where((lengths > level)[..., None], unit, stand_in)).to(W.dtype)
+    else:
+        right = right * sign
+    back, wide = multiply_rows(projected, W.mT).double(), left.double()
+    outside = (back - (back @ wide.mT) @ wide).square().sum(-1)
+    among = (projected.double() @ projected.double().mT).square()
+    bounds, gaps = cut_bounds(lengths.square(), rest.square(), level.square(), outside, among)
+    smallest = lengths.square().cummin(-1).values.clamp_min(1e-300)
+    errors = torch.minimum(bounds, drift).clamp_max(1.0)
+    return Triplets(left, projected, right, lengths.to(W.dtype), errors, gaps / smallest, steps)
+
+
+def _zero_level(largest: Tensor, dtype: torch.dtype) -> Tensor:
+    return _ZERO * torch.finfo(dtype).eps * largest
+
+
+def canonical_signs(left: Tensor) -> Tensor:
+    """±1 that make ⟨u_i, h⟩ ≥ 0 for one fixed pseudo-random h, stable under rounding of the weight.
+
+    The largest entry of a vector, the usual anchor of its sign, is often matched by another one of opposite sign.
+
+    Args:
+        left: [..., r, N], rows along the left singular vectors, any length.
+
+    Returns:
+        [..., r, 1] in left's dtype.
+    """
+    probe = probes(1, left.shape[-1], SIGN, device=left.device, dtype=torch.float64)[0]
+    return torch.where(left.double() @ probe < 0, -1.0, 1.0).to(left.dtype)[..., None]
+
+
+def warn_unconverged(measured: Mapping[str, Convergence], tol: float, stacklevel: int = 3) -> None:
+    """One warning for all weights whose subspace error misses the tolerance, with the numbers of the worst."""
+    missed = {name: seen for name, seen in measured.items() if seen.error > tol}
+    if missed:
+        worst = max(missed, key=lambda name: missed[name].error)
+        error, gap, steps = missed[worst]
+        warnings.warn(
+            f"{len(missed)} of {len(measured)} weights miss the subspace tolerance {tol:.1e}, {worst!r} most: error "
+            f"{error:.1e} after {steps} steps, relative gap of squared singular values at the cut {gap:.1e}. A tiny gap "
+            "means that the cut falls inside a cluster: choose another rank; otherwise raise max_iter",
+            RuntimeWarning,
+            stacklevel=stacklevel,
+        )

@@ -1,0 +1,23 @@
+"""Layers: where R lives, how a batch is routed to adapters, how adapters are merged. Knows nothing of where bases come
+from."""
+
+from .core import CoreMatrix, initial_core
+from .layer import BasisPolicy, LoraXSLayer
+from .linear import LoraXSLinear
+from .merge import MergeLossWarning, delta_weight, merged_weight
+from .routing import BASE, Route, build_route, routed
+
+__all__ = [
+    "BASE",
+    "BasisPolicy",
+    "CoreMatrix",
+    "LoraXSLayer",
+    "LoraXSLinear",
+    "MergeLossWarning",
+    "Route",
+    "build_route",
+    "delta_weight",
+    "initial_core",
+    "merged_weight",
+    "routed",
+]

@@ -1,0 +1,215 @@
+"""What every LoRA-XS layer owns: one frozen basis, one R per adapter, and their scaling."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Protocol
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
+from peft.utils import resolve_quantization_backend
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from .core import CoreMatrix, InitWeights, initial_core
+from .routing import Route
+
+
+class BasisPolicy(Protocol):
+    """How an adapter's basis is made and how strictly it is compared; supplied by the floor that knows both."""
+
+    def settle(self, layer: LoraXSLayer) -> None:
+        """Give `layer` the basis of the adapter that this policy was given for, express R on it, mark it settled.
+
+        Raises:
+            ValueError: R was trained on another basis.
+        """
+
+
+class LoraXSLayer(nn.Module, BaseTunerLayer):
+    """State of a LoRA-XS layer; `LoraXSLinear` adds the arithmetic.
+
+    The basis A [r, K] and Bᵀ [r, N] exists once, as plain buffers that no state dict sees. Rows are ordered by
+    singular value, so an adapter of rank r uses the first r rows, whatever the ranks of the others. Two methods are
+    meant to be overridden by relatives of LoRA-XS: `get_basis` and `get_R`.
+
+    Args:
+        base_layer: the frozen layer, possibly already wrapped by another tuner.
+        key: name of the module in the model: seeds R, names the layer in messages.
+        quantization: arguments of PEFT's quantisation backends.
+    """
+
+    adapter_layer_names: tuple[str, ...] = ("loraxs_R",)
+    other_param_names: tuple[str, ...] = (
+        "r",
+        "lora_alpha",
+        "scaling",
+        "initial_scaling",
+        "loraxs_dropout",
+        "basis_policy",
+    )
+    route: Route | None = None
+    base_fingerprint: str | None = None
+
+    def __init__(self, base_layer: nn.Module, key: str, **quantization: Any) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.key = key
+        base = self.get_base_layer()
+        self.quantization_backend = resolve_quantization_backend(base, **quantization)
+        self.in_features, self.out_features = _get_in_out_features(base)
+        self.fan_in_fan_out = isinstance(base, Conv1D)
+        self.r: dict[str, int] = {}
+        self.lora_alpha: dict[str, float] = {}
+        self.scaling: dict[str, float] = {}
+        self.initial_scaling: dict[str, float] = {}
+        self.basis_policy: dict[str, BasisPolicy] = {}
+        self.loraxs_dropout = nn.ModuleDict({})
+        self.loraxs_R = nn.ModuleDict({})
+        self.register_buffer("loraxs_A", None, persistent=False)
+        self.register_buffer("loraxs_Bt", None, persistent=False)
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        # While adapters are merged, the parameter they replaced. In a list: it is no parameter of this layer.
+        self.unmerged_weight: list[nn.Parameter] = []
+
+    # The two override points ------------------------------------------------------------------------------------
+
+    def get_R(self, adapter: str) -> Tensor:
+        """R [r, r] of `adapter`, differentiable in what the adapter trains."""
+        return self.loraxs_R[adapter].weight
+
+    def get_basis(self, adapter: str) -> tuple[Tensor, Tensor]:
+        """a [r, K] and b [N, r] of `adapter`; b.mT is contiguous, which is what the ops are fast with."""
+        a, bt, r = self.loraxs_A, self.loraxs_Bt, self.r[adapter]
+        if a is None:
+            raise RuntimeError(f"{self.key}: base_layer: expected weights to compute a basis from, got the meta device")
+        if a.shape[0] != r:
+            a, bt = a[:r], bt[:r]
+        return a, bt.mT
+
+    # Adapters ---------------------------------------------------------------------------------------------------
+
+    def update_layer(
+        self,
+        adapter: str,
+        r: int,
+        lora_alpha: float,
+        *,
+        policy: BasisPolicy,
+        use_rslora: bool = False,
+        dropout: float = 0.0,
+        init_weights: InitWeights = True,
+        init_std: float = 1e-5,
+        init_seed: int = 0,
+        keep_basis: bool = False,
+        inference_mode: bool = False,
+    ) -> None:
+        """Add the adapter: its R, its scaling alpha/r (or alpha/√r), its dropout. The basis comes later, in `settle`.
+
+        Args:
+            adapter: name.
+            r: configured rank; clamped to min(N, K), while the scaling keeps the configured value.
+            lora_alpha: alpha.
+            policy: where the basis comes from.
+            use_rslora: divide alpha by √r.
+            dropout: probability in [0, 1) on the input of the low-rank path.
+            init_weights, init_std, init_seed: see `initial_core`.
+            keep_basis: store A and B with the adapter.
+            inference_mode: leave R frozen.
+        """
+        rank = min(r, self.in_features, self.out_features)
+        self.r[adapter] = rank
+        self.lora_alpha[adapter] = lora_alpha
+        self.scaling[adapter] = self.initial_scaling[adapter] = lora_alpha / (math.sqrt(r) if use_rslora else r)
+        self.basis_policy[adapter] = policy
+        self.loraxs_dropout[adapter] = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
+        dtype = torch.float64 if self.basis_dtype == torch.float64 else torch.float32
+        weight = initial_core(rank, init_weights, std=init_std, seed=init_seed, key=self.key, dtype=dtype)
+        shape = (self.in_features, self.out_features) if keep_basis else None
+        self.loraxs_R[adapter] = CoreMatrix(weight, shape)
+        self._move_adapter_to_device_of_base_layer(adapter)
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def settle(self, adapter: str) -> None:
+        """Make sure that R of `adapter` stands on the basis it was trained on; free once that is known."""
+        if adapter in self.loraxs_R and not self.loraxs_R[adapter].settled:
+            settle_outside_of_graphs(self, adapter)
+
+    def train(self, mode: bool = True) -> LoraXSLayer:
+        """Also settles what was loaded: the last eager moment before a compiled forward pass."""
+        super().train(mode)
+        for adapter in self.loraxs_R:
+            self.settle(adapter)
+        return self
+
+    def set_basis(self, a: Tensor, bt: Tensor) -> None:
+        """Install a [r, K] and bt [r, N], on the device and in the dtype of the base layer."""
+        expected = (self.in_features, self.out_features)
+        if a.dim() != 2 or bt.dim() != 2 or a.shape[0] != bt.shape[0] or (a.shape[1], bt.shape[1]) != expected:
+            raise ValueError(
+                f"{self.key}: basis: expected a [r, {expected[0]}] and bt [r, {expected[1]}], "
+                f"got {list(a.shape)} and {list(bt.shape)}"
+            )
+        device, dtype = self.get_base_layer_device(), self.basis_dtype
+        self.loraxs_A = a.detach().to(device, dtype).contiguous()
+        self.loraxs_Bt = bt.detach().to(device, dtype).contiguous()
+
+    @property
+    def basis_rank(self) -> int:
+        """Rows of the basis; 0 before there is one."""
+        return 0 if self.loraxs_A is None else self.loraxs_A.shape[0]
+
+    @property
+    def basis_dtype(self) -> torch.dtype:
+        """The dtype the base layer computes in; fp32 where it does not say."""
+        _, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        return dtype if dtype is not None and dtype.is_floating_point and dtype.itemsize > 1 else torch.float32
+
+    def get_base_layer_device(self) -> torch.device:
+        """Where the base layer lives."""
+        device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        return device if device is not None else torch.device("cpu")
+
+    def frozen_weight(self) -> Tensor:
+        """W [N, K] of the base layer without any adapter, dequantised."""
+        weight = self.unmerged_weight[0].data if self.unmerged_weight else self.get_base_weight()
+        return weight.mT if self.fan_in_fan_out else weight
+
+    # Scaling, with LoRA's meaning of the three methods ----------------------------------------------------------
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Scaling of `adapter` = `scale` times its initial scaling; an adapter this layer lacks is ignored."""
+        if adapter in self.scaling:
+            self.scaling[adapter] = scale * self.initial_scaling[adapter]
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the scaling of the active adapters."""
+        for adapter in self.active_adapters:
+            if adapter in self.scaling:
+                self.scaling[adapter] *= scale
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide the scaling of the active adapters; None resets it to the initial one."""
+        for adapter in self.active_adapters:
+            if scale is None:
+                self.set_scale(adapter, 1.0)
+            elif adapter in self.scaling:
+                self.scaling[adapter] /= scale
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """True: W' = W + s·B R A, so lora_A = R A and lora_B = B is the same adapter."""
+        return True
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # PEFT's version also casts to the dtype of the base layer, which would round R of a half-precision model.
+        core = self.loraxs_R[adapter_name] if adapter_name in self.loraxs_R else None
+        target = device or self.get_base_layer_device()
+        if core is not None and core.weight.device.type != "meta" and target.type != "meta":
+            core.to(target)
+
+
+@torch.compiler.disable(reason="call model.eval() or model.train() after loading an adapter into a compiled model")
+def settle_outside_of_graphs(layer: LoraXSLayer, adapter: str) -> None:
+    """`BasisPolicy.settle`, kept out of compiled graphs: it compares numbers on the host and may raise."""
+    layer.basis_policy[adapter].settle(layer)

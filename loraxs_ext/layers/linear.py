@@ -1,0 +1,179 @@
+"""The LoRA-XS layer over a linear base layer: forward, mixed batches, merge."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, NamedTuple
+
+import torch
+from peft.tuners.tuners_utils import check_adapters_to_merge
+from peft.utils import quantization_extra_repr
+from torch import Tensor, nn
+
+from loraxs_ext import ops
+
+from .layer import LoraXSLayer
+from .merge import LOSS_WORTH_A_WARNING, MergeLossWarning, delta_weight, merged_weight
+from .routing import Route, pad
+
+
+class LowRankPath(NamedTuple):
+    """Arguments of one op call: y += scale · (drop(x) aᵀ Rᵀ) bᵀ with R = pages[slot]."""
+
+    a: Tensor
+    b: Tensor
+    pages: Tensor
+    slots: Tensor | None = None
+    scale: float = 1.0
+    p_drop: float = 0.0
+
+
+class LoraXSLinear(LoraXSLayer):
+    """y = base(x) + s·((drop(x) Aᵀ) Rᵀ) Bᵀ over nn.Linear, Conv1D, quantised linear layers and other tuners' layers.
+
+    A plain frozen nn.Linear runs in one fused op. Anything else is called as it is and gets the low-rank part added,
+    so that its hooks, kernels and trainable parameters keep working.
+
+    Args:
+        base_layer, key, quantization: see `LoraXSLayer`.
+        adapter: name of the first adapter.
+        options: arguments of `update_layer`.
+    """
+
+    def __init__(
+        self, base_layer: nn.Module, key: str, adapter: str, quantization: dict[str, Any], **options: Any
+    ) -> None:
+        super().__init__(base_layer, key, **quantization)
+        self._active_adapter = adapter
+        self.update_layer(adapter, **options)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """y [..., N] for x [..., K]; further arguments go to the base layer."""
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self.base_layer(x, *args, **kwargs)
+        if self.merged:
+            return self.base_layer(x, *args, **kwargs)
+        paths = self._active_paths() if self.route is None else self._routed_path(x, self.route)
+        if paths and not args and not kwargs and _is_fusable(self.base_layer, x, paths[0].a.dtype):
+            first, *paths = paths
+            rng = _draw_rng(x) if first.p_drop else None
+            y = ops.linear(x, self.base_layer.weight, self.base_layer.bias, *first[:5], p_drop=first.p_drop, rng=rng)
+        else:
+            y = self.base_layer(x, *args, **kwargs)
+        for path in paths:
+            y = _add(y, x, path)
+        return y
+
+    def _active_paths(self) -> list[LowRankPath]:
+        """One path per dropout probability among the active adapters, hence nearly always one."""
+        by_p: dict[float, list[str]] = {}
+        for adapter in self.active_adapters:
+            if adapter in self.loraxs_R:
+                self.settle(adapter)
+                dropout = self.loraxs_dropout[adapter]
+                p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+                by_p.setdefault(p, []).append(adapter)
+        return [self._sum_path(adapters, p) for p, adapters in by_p.items()]
+
+    def _sum_path(self, adapters: list[str], p_drop: float) -> LowRankPath:
+        """The adapters' sum as one path: bases are nested, so Σ s·B R A is the path of Σ s·R."""
+        if len(adapters) == 1:
+            (adapter,) = adapters
+            a, b = self.get_basis(adapter)
+            return LowRankPath(a, b, self.get_R(adapter)[None], None, self.scaling[adapter], p_drop)
+        widest = adapters[0]
+        for adapter in adapters:
+            if self.r[adapter] > self.r[widest]:
+                widest = adapter
+        core = sum(pad(self.get_R(adapter) * self.scaling[adapter], self.r[widest]) for adapter in adapters)
+        return LowRankPath(*self.get_basis(widest), core[None], p_drop=p_drop)
+
+    def _routed_path(self, x: Tensor, route: Route) -> list[LowRankPath]:
+        if route.pages is None:
+            return []
+        return [LowRankPath(*self.get_basis(route.adapter), route.pages, route.per_token(x))]
+
+    # Merging ----------------------------------------------------------------------------------------------------
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """ΔW = s·B R A in the layout of the base weight, in fp32 (fp64 for an fp64 base)."""
+        self.settle(adapter)
+        delta = delta_weight(*self.get_basis(adapter), self.get_R(adapter), self.scaling[adapter])
+        return delta.mT if self.fan_in_fan_out else delta
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Put W + Σ ΔW in the place of W; the sum is rounded once.
+
+        W itself is kept, so `unmerge` restores it bit by bit; a merged layer therefore holds its weight twice until
+        it is unmerged or unloaded. A weight shared with other modules stays theirs, unmerged.
+
+        Args:
+            safe_merge: refuse a merged weight that is not finite.
+            adapter_names: which adapters; None for the active ones.
+
+        Raises:
+            ValueError: `safe_merge` found NaN or Inf.
+        """
+        adapters = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.loraxs_R]
+        if not adapters:
+            return
+        base = self.get_base_layer()
+        delta = sum(self.get_delta_weight(name) for name in [*self.merged_adapters, *adapters])
+        frozen = self.frozen_weight()
+        merged, loss = merged_weight(frozen.mT if self.fan_in_fan_out else frozen, delta.to(frozen.device))
+        if safe_merge and not torch.isfinite(merged).all():
+            raise ValueError(f"NaNs detected in the merged weights. The adapter {adapters} seems to be broken")
+        if not self.unmerged_weight:
+            self.unmerged_weight.append(base.weight)
+        if self.quantization_backend is None:
+            base.weight = nn.Parameter(merged, requires_grad=base.weight.requires_grad)
+        else:
+            self.set_base_weight(merged)
+        self.merged_adapters.extend(adapters)
+        if loss > LOSS_WORTH_A_WARNING:
+            warnings.warn(MergeLossWarning(self.key, loss), stacklevel=2)
+
+    def unmerge(self) -> None:
+        """Put the original weight back."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        self.merged_adapters.clear()
+        base, weight = self.get_base_layer(), self.unmerged_weight.pop()
+        if self.quantization_backend is None:
+            # The model may have moved since.
+            weight.data = weight.data.to(base.weight.device, base.weight.dtype)
+        base.weight = weight
+
+    def extra_repr(self) -> str:
+        """Ranks of the adapters and of the basis, and the quantisation backend where there is one."""
+        parts = [*(f"{name}: r={r}" for name, r in self.r.items()), f"basis_rank={self.basis_rank}"]
+        return ", ".join(filter(None, [*parts, quantization_extra_repr(self)]))
+
+    def __repr__(self) -> str:
+        return "loraxs." + super().__repr__()
+
+
+def _is_fusable(base: nn.Module, x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether calling `base` means x Wᵀ + bias and nothing else, in the dtype of the basis."""
+    if type(base) is not nn.Linear or type(base.weight) is not nn.Parameter or "forward" in base.__dict__:
+        return False
+    if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks:
+        return False
+    if base.weight.requires_grad and torch.is_grad_enabled():
+        return False
+    return base.weight.dtype == dtype and (x.dtype == dtype or torch.is_autocast_enabled(x.device.type))
+
+
+def _add(y: Tensor, x: Tensor, path: LowRankPath) -> Tensor:
+    dtype = path.a.dtype
+    rng = _draw_rng(x) if path.p_drop else None
+    return ops.add_delta(y.to(dtype), x.to(dtype), *path[:5], p_drop=path.p_drop, rng=rng).to(y.dtype)
+
+
+def _draw_rng(x: Tensor) -> Tensor:
+    """(seed, offset) of one dropout mask, from the generator of x's device: recomputation in checkpoints repeats it."""
+    return torch.randint(2**62, (2,), dtype=torch.int64, device=x.device)

@@ -1,0 +1,100 @@
+"""Which adapter serves which row of a batch, and the table of R matrices the rows choose from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .layer import LoraXSLayer
+
+BASE = "__base__"
+
+
+@dataclass
+class Route:
+    """What one layer needs to serve a mixed batch; a plain object on the layer, which torch.compile can guard.
+
+    Attributes:
+        slots: int32 [rows] or [tokens], on the layer's device; −1 is the base model.
+        pages: [S, r, r], scaling folded in, smaller ranks padded with zeros; None when every row is a base row.
+        adapter: the adapter of the largest rank, whose basis contains the bases of all others.
+    """
+
+    slots: Tensor
+    pages: Tensor | None
+    adapter: str
+
+    def per_token(self, x: Tensor) -> Tensor:
+        """int32 [M], the slot of every token of x [..., K].
+
+        Token m belongs to row m // (M / rows). That covers [rows, T, K] and [rows, K], and it needs no word about
+        beams or several returned sequences: generate() repeats every row in place, inside the decoder only.
+
+        Raises:
+            ValueError: the first dimension of x is no multiple of the rows, and the tokens are not as many as the rows.
+        """
+        tokens = x.numel() // x.shape[-1]
+        rows = self.slots.shape[0]
+        if tokens == rows:
+            return self.slots
+        if x.shape[0] % rows:
+            raise ValueError(
+                f"adapter_names: expected one name per row of the batch, got {rows} names for an input of shape "
+                f"{list(x.shape)}"
+            )
+        return self.slots.repeat_interleave(tokens // rows)
+
+
+def build_route(layer: LoraXSLayer, names: Sequence[str]) -> Route:
+    """The route of `layer` for a batch whose row i is served by the adapter names[i] (`__base__`: by none)."""
+    present = [name for name in dict.fromkeys(names) if name in layer.loraxs_R]
+    slot_of = {name: slot for slot, name in enumerate(present)}
+    device = layer.get_base_layer_device()
+    slots = torch.tensor([slot_of.get(name, -1) for name in names], dtype=torch.int32, device=device)
+    if not present:
+        return Route(slots, None, BASE)
+    widest = max(present, key=layer.r.__getitem__)
+    rank = layer.r[widest]
+    pages = torch.stack([pad(layer.get_R(name) * layer.scaling[name], rank) for name in present])
+    return Route(slots, pages, widest)
+
+
+@contextmanager
+def routed(layers: Iterable[LoraXSLayer], names: Sequence[str]) -> Iterator[None]:
+    """Serve every forward pass inside the context with the adapter names[i] for row i.
+
+    Args:
+        layers: the layers of the model.
+        names: one adapter name per row of the batch; `__base__` for the plain model.
+
+    Raises:
+        ValueError: a layer is merged.
+    """
+    layers = list(layers)
+    if any(layer.merged for layer in layers):
+        raise ValueError(
+            "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+        )
+    before = [layer.route for layer in layers]
+    try:
+        for layer in layers:
+            for name in dict.fromkeys(names):
+                layer.settle(name)
+            layer.route = build_route(layer, names)
+        yield
+    finally:
+        for layer, route in zip(layers, before, strict=True):
+            layer.route = route
+
+
+def pad(core: Tensor, rank: int) -> Tensor:
+    """R [r, r] padded with zeros to [rank, rank]; exact, because bases are nested."""
+    missing = rank - core.shape[0]
+    return F.pad(core, (0, missing, 0, missing)) if missing else core

@@ -1,0 +1,9 @@
+"""LoRA-XS as a PEFT method. Importing this module registers it, so `PeftModel.from_pretrained` finds it."""
+
+from .config import LoraXSConfig
+from .model import LoraXSModel
+from .register import PEFT_TYPE, register
+
+register(LoraXSConfig, LoraXSModel)
+
+__all__ = ["PEFT_TYPE", "LoraXSConfig", "LoraXSModel"]

@@ -1,0 +1,136 @@
+"""LoraXSConfig: what a user chooses, and what a file needs so that its R means the same elsewhere."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from peft.config import PeftConfig
+
+from loraxs_ext.basis import Recipe
+
+from .register import PEFT_TYPE
+
+BasisCheck = Literal["error", "warn", "ignore"]
+
+# Fields of this class that are fields of the recipe under another name.
+_RECIPE_NAMES = {"svd_tol": "tol", "svd_max_iter": "max_iter", "svd_seed": "seed"}
+_RECIPE_FIELDS = ("sigma", "vectors", "svd", "n_oversamples", "sketch_version", *_RECIPE_NAMES)
+
+
+@dataclass
+class LoraXSConfig(PeftConfig):
+    """Configuration of a LoRA-XS adapter: ΔW = s·B R A with frozen A, B from the SVD of W, and a trainable R [r, r].
+
+    The first group has the names and meanings of `LoraConfig`.
+
+    Args:
+        r: rank; clamped to min(N, K) in small layers.
+        lora_alpha: alpha; s = alpha / r.
+        use_rslora: s = alpha / √r.
+        loraxs_dropout: probability in [0, 1) of dropping entries of the input of the low-rank path.
+        target_modules: names, a regular expression, or "all-linear"; None for the model's default.
+        exclude_modules: names or a regular expression.
+        rank_pattern, alpha_pattern: r and alpha by module name or regular expression.
+        bias: "none", "all" or "loraxs_only".
+        modules_to_save: other modules to train and save completely.
+        trainable_token_indices: rows of the input embedding to train.
+        layers_to_transform, layers_pattern: restrict `target_modules` to layers by index.
+        fan_in_fan_out: accepted for compatibility; the layout follows from the type of the layer.
+
+        init_weights: True for R ~ N(0, init_std²) (the reference), "zeros" for an exact no-op, False for a random
+            adapter that clearly changes the model, for tests.
+        init_std: standard deviation of R at the start.
+        init_seed: seed of R; each module draws its own numbers from it and from its name.
+
+        sigma: where the singular values sit: "A" (the reference), "sqrt" or "B".
+        vectors: which singular vectors: "top", "middle", "bottom" or "random".
+        svd: "converged" or "exact".
+        n_oversamples, svd_tol, svd_max_iter, svd_seed, sketch_version: see `loraxs_ext.basis.Recipe`.
+
+        save_basis: store A and B with R: a file of LoRA's size that needs no SVD and fits any copy of the base model.
+        basis_check: what to do when a loaded R meets another basis: "error", "warn" or "ignore".
+        basis_tol: largest accepted difference of the bases, as `compare` in `loraxs_ext.peft.verify` measures it.
+        base_fingerprint: 64 bits of the base weights, in hex; written when the adapter is saved.
+
+    Raises:
+        ValueError or TypeError: a field is out of range; the message names it, what was expected and what came.
+
+    Source: Bałazy, Banaei, Aberer, Tabor: "LoRA-XS: Low-Rank Adaptation with Extremely Small Number of Parameters".
+    """
+
+    r: int = 8
+    lora_alpha: float = 8
+    use_rslora: bool = False
+    loraxs_dropout: float = 0.0
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    bias: Literal["none", "all", "loraxs_only"] = "none"
+    modules_to_save: list[str] | None = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    fan_in_fan_out: bool = False
+
+    init_weights: bool | Literal["zeros"] = True
+    init_std: float = 1e-5
+    init_seed: int = 0
+
+    sigma: Literal["A", "sqrt", "B"] = "A"
+    vectors: Literal["top", "middle", "bottom", "random"] = "top"
+    svd: Literal["converged", "exact"] = "converged"
+    n_oversamples: int = Recipe.n_oversamples
+    svd_tol: float = Recipe.tol
+    svd_max_iter: int = Recipe.max_iter
+    svd_seed: int = Recipe.seed
+    sketch_version: int = Recipe.sketch_version
+
+    save_basis: bool = False
+    basis_check: BasisCheck = "error"
+    basis_tol: float = 0.1
+    base_fingerprint: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PEFT_TYPE
+        if isinstance(self.target_modules, list):
+            self.target_modules = set(self.target_modules)
+        if isinstance(self.exclude_modules, list):
+            self.exclude_modules = set(self.exclude_modules)
+        self.rank_pattern, self.alpha_pattern = self.rank_pattern or {}, self.alpha_pattern or {}
+        self._check()
+        self.recipe()
+
+    def recipe(self) -> Recipe:
+        """How the basis is computed."""
+        return Recipe(**{_RECIPE_NAMES.get(name, name): getattr(self, name) for name in _RECIPE_FIELDS})
+
+    def _check(self) -> None:
+        for name, rank in {"r": self.r, **{f"rank_pattern[{k!r}]": v for k, v in self.rank_pattern.items()}}.items():
+            if isinstance(rank, bool) or not isinstance(rank, int):
+                raise TypeError(f"{name}: expected an int, got {rank!r}")
+            _expect(rank >= 1, name, "a positive integer", rank)
+        _expect(0.0 <= self.loraxs_dropout < 1.0, "loraxs_dropout", "a probability in [0, 1)", self.loraxs_dropout)
+        _expect(self.bias in ("none", "all", "loraxs_only"), "bias", "'none', 'all' or 'loraxs_only'", self.bias)
+        _expect(
+            self.init_weights in (True, False, "zeros"), "init_weights", "True, False or 'zeros'", self.init_weights
+        )
+        _expect(self.init_std >= 0.0, "init_std", "a standard deviation of at least 0", self.init_std)
+        _expect(
+            self.basis_check in ("error", "warn", "ignore"),
+            "basis_check",
+            "'error', 'warn' or 'ignore'",
+            self.basis_check,
+        )
+        _expect(self.basis_tol > 0.0, "basis_tol", "a positive number", self.basis_tol)
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError("layers_pattern: expected layers_to_transform beside it, got None")
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            raise ValueError("layers_to_transform: expected target_modules as a list of names, got a string")
+
+
+def _expect(condition: bool, name: str, expected: str, got: Any) -> None:
+    if not condition:
+        raise ValueError(f"{name}: expected {expected}, got {got!r}")

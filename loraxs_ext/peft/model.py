@@ -1,0 +1,199 @@
+"""LoraXSModel: the PEFT tuner that puts LoRA-XS layers into a model."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import (
+    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
+    get_quantization_kwargs,
+    resolve_quantization_backend,
+)
+from peft.utils.other import get_pattern_key
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from loraxs_ext.layers import LoraXSLayer, LoraXSLinear, MergeLossWarning
+
+from .bases import AdapterBasis, combined_fingerprint
+from .combine import combine
+from .config import LoraXSConfig
+from .mixed import mixed_batch
+from .register import PREFIX
+
+_FROZEN_BUFFERS = ("loraxs_A", "loraxs_Bt", "loraxs_R")
+
+
+class LoraXSModel(BaseTuner):
+    """Replaces the targeted linear layers of a model by `LoraXSLinear`; see `peft.tuners.BaseTuner` for the arguments.
+
+    All bases of an adapter are computed after the injection in one batch, or taken from the cache on disk.
+    """
+
+    prefix = PREFIX
+    tuner_layer_cls = LoraXSLayer
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    # Injection --------------------------------------------------------------------------------------------------
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Inject the adapter, then compute the bases it needs."""
+        config = self.peft_config[adapter_name]
+        self._policy = AdapterBasis(adapter_name, config.recipe(), config.basis_check, config.basis_tol)
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        # A loaded configuration that keeps its basis brings it along with R.
+        if not (config.save_basis and config.base_fingerprint):
+            self._policy.settle()
+        if config.base_fingerprint is None:
+            config.base_fingerprint = combined_fingerprint(self._policy.layers)
+        # DistributedDataParallel would broadcast every buffer before every step; these never change.
+        model._ddp_params_and_buffers_to_ignore = sorted(
+            {*getattr(model, "_ddp_params_and_buffers_to_ignore", ()), *_frozen_buffer_names(model)}
+        )
+
+    def _check_new_adapter_config(self, config: LoraXSConfig) -> None:
+        super()._check_new_adapter_config(config)
+        for layer in _layers(self.model):
+            for name, policy in layer.basis_policy.items():
+                if policy.recipe != config.recipe():
+                    raise ValueError(
+                        f"recipe: expected that of adapter {name!r}, {policy.recipe}, because all adapters of a model "
+                        f"share one basis, got {config.recipe()}"
+                    )
+
+    def _create_and_replace(
+        self,
+        peft_config: LoraXSConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        ranks, alphas = peft_config.rank_pattern, peft_config.alpha_pattern
+        options = {
+            "r": ranks.get(get_pattern_key(list(ranks), current_key), peft_config.r),
+            "lora_alpha": alphas.get(get_pattern_key(list(alphas), current_key), peft_config.lora_alpha),
+            "policy": self._policy,
+            "use_rslora": peft_config.use_rslora,
+            "dropout": peft_config.loraxs_dropout,
+            "init_weights": peft_config.init_weights,
+            "init_std": peft_config.init_std,
+            "init_seed": peft_config.init_seed,
+            "keep_basis": peft_config.save_basis,
+            "inference_mode": peft_config.inference_mode,
+        }
+        if isinstance(target, LoraXSLayer):
+            layer = target
+            layer.update_layer(adapter_name, **options)
+        else:
+            quantization = get_quantization_kwargs(self.model)
+            _check_supported(target, current_key, quantization)
+            layer = LoraXSLinear(target, current_key, adapter_name, quantization, **options)
+            if adapter_name not in self.active_adapters:
+                layer.requires_grad_(False)
+            self._replace_module(parent, target_name, layer, target)
+        self._policy.layers.add(layer)
+
+    # Mixed batches ----------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Serve row i of the batch with the adapter adapter_names[i]; PEFT calls this around forward and generate."""
+        names = kwargs.pop("adapter_names", None)
+        if names is None:
+            yield
+            return
+        with mixed_batch(self.model, names, args, kwargs):
+            yield
+
+    # Merging and combining --------------------------------------------------------------------------------------
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Merge into the base weights, keeping them; see `LoraXSLinear.merge`."""
+        with _one_merge_warning():
+            super().merge_adapter(adapter_names, safe_merge)
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        with _one_merge_warning():
+            return super()._unload_and_optionally_merge(*args, **kwargs)
+
+    def add_weighted_adapter(
+        self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "linear"
+    ) -> None:
+        """Add the adapter Σ wᵢ·sᵢ·B Rᵢ A: exact, because all adapters share B and A.
+
+        Args:
+            adapters: names of existing adapters; their ranks, alphas and targets may differ.
+            weights: one factor per adapter.
+            adapter_name: name of the new adapter; nothing happens if it exists, as in LoRA.
+            combination_type: "linear", "svd" or "cat"; LoRA's three ways to a sum, which are one here.
+
+        Raises:
+            ValueError: an adapter does not exist, or the arguments do not fit each other.
+        """
+        combine(self, adapters, weights, adapter_name, combination_type)
+
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        return [f"base_model.model.{name}" for name in _frozen_buffer_names(self.model)]
+
+    # State dict -------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls, model: nn.Module, config: LoraXSConfig, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        layers = [layer for layer in _layers(model) if adapter_name in layer.loraxs_R]
+        config.base_fingerprint = combined_fingerprint(layers) or config.base_fingerprint
+        return super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: LoraXSConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        # Before a single tensor is loaded; a self-contained file brings its own basis instead.
+        layers = {n: m for n, m in model.named_modules() if isinstance(m, LoraXSLayer) and adapter_name in m.loraxs_R}
+        if layers and not config.save_basis:
+            sketches = {m.key: remapped.get(f"{n}.loraxs_R.{adapter_name}.sketch") for n, m in layers.items()}
+            policy = next(iter(layers.values())).basis_policy[adapter_name]
+            policy.refuse_wrong_base({key: sketch for key, sketch in sketches.items() if sketch is not None})
+        return remapped
+
+
+def _layers(model: nn.Module) -> list[LoraXSLayer]:
+    return [module for module in model.modules() if isinstance(module, LoraXSLayer)]
+
+
+def _frozen_buffer_names(model: nn.Module) -> list[str]:
+    return [name for name, _ in model.named_buffers() if any(part in name for part in _FROZEN_BUFFERS)]
+
+
+def _check_supported(target: nn.Module, key: str, quantization: dict[str, Any]) -> None:
+    base = target.get_base_layer() if hasattr(target, "get_base_layer") else target
+    backend = resolve_quantization_backend(base, **quantization)
+    if not (isinstance(base, (nn.Linear, Conv1D)) or (backend is not None and backend.layer_type == "linear")):
+        raise TypeError(
+            f"target_modules: {key}: expected torch.nn.Linear, transformers' Conv1D or a quantised linear layer, got "
+            f"{type(base).__name__}"
+        )
+
+
+@contextmanager
+def _one_merge_warning() -> Iterator[None]:
+    """Fold the layers' `MergeLossWarning`s into one that names the worst; other warnings pass."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    losses = [w.message for w in caught if isinstance(w.message, MergeLossWarning)]
+    for warning in caught:
+        if not isinstance(warning.message, MergeLossWarning):
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+    if losses:
+        warnings.warn(max(losses, key=lambda message: message.loss), stacklevel=3)
