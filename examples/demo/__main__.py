@@ -7,13 +7,14 @@ import os
 import platform
 import sys
 import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 # Everything comes from ordinary packages; a hub must not be asked, not even for a model card.
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import torch
 import transformers
@@ -55,7 +56,7 @@ LORA_LR = {"LoRA r = 8": 1e-3, "LoRA r = 1 on query, value": 5e-3}
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the demo; the exit status is 0 when every check holds, 1 when one does not, 2 when data can't be had."""
+    """Run the demo; the exit status is 0 when every check holds, 1 when one does not, 3 when data can't be had."""
     arguments = _parse(argv)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -63,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
         return _run(arguments)
     except fetch.FetchError as error:
         print(f"The demo needs a package it could not get. {error}", file=sys.stderr)
-        return 2
+        return 3
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
@@ -110,26 +111,7 @@ def _run(arguments: argparse.Namespace) -> int:
         accuracy = baseline.correct.double().mean().item()
         print(f"  {task.title}: {accuracy:.1%} of test rows right, {baseline.seconds:.0f} s")
 
-    plans = {OURS: (settings, lambda: loraxs_config(settings.rank))}
-    for name, rate in LORA_LR.items() if arguments.compare else ():
-        rank, targets = LORAS[name]
-        chosen = replace(settings, method=name, rank=rank, adapter_lr=rate)
-        plans[name] = (chosen, partial(lora_config, rank, targets))
-    _step(4, f"Fine-tune {len(tasks)} tasks with {', '.join(plans)}")
-    trained: dict[str, dict[str, Trained]] = {}
-    for method, (chosen, config) in plans.items():
-        for task in tasks:
-            result = train_or_reuse(
-                output / "adapters" / _slug(method) / task.name,
-                lambda config=config: (base(), config()),
-                task,
-                parts[task.name],
-                chosen,
-                fresh=arguments.fresh,
-                label=f"  {task.title}",
-            )
-            trained.setdefault(method, {})[task.name] = result
-            _show(method, task, result)
+    trained = _fine_tune(arguments, settings, tasks, parts, base)
     sizes = {name: saved_size(lambda spec=spec: (base(), lora_config(*spec))) for name, spec in LORAS.items()}
 
     _step(5, f"Reload {len(tasks)} adapters into one fresh model, serve them and the base model in one batch")
@@ -169,6 +151,36 @@ def _run(arguments: argparse.Namespace) -> int:
         print(f"FAILED, this does not hold: {claim}", file=sys.stderr)
     print(f"{outcome.seconds:.0f} s in all. Report: {output / PAGE}")
     return 1 if failed else 0
+
+
+def _fine_tune(
+    arguments: argparse.Namespace,
+    settings: Settings,
+    tasks: Sequence[Task],
+    parts: Mapping[str, dict[str, list[dict]]],
+    base: Callable[[], TextClassifier],
+) -> dict[str, dict[str, Trained]]:
+    """Train or reuse an adapter for every method and task: method -> task -> adapter."""
+    plans = {OURS: (settings, partial(loraxs_config, settings.rank))}
+    for name, rate in LORA_LR.items() if arguments.compare else ():
+        rank, targets = LORAS[name]
+        plans[name] = (replace(settings, method=name, rank=rank, adapter_lr=rate), partial(lora_config, rank, targets))
+    _step(4, f"Fine-tune {len(tasks)} tasks with {', '.join(plans)}")
+    trained: dict[str, dict[str, Trained]] = {}
+    for method, (chosen, config) in plans.items():
+        for task in tasks:
+            result = train_or_reuse(
+                arguments.output / "adapters" / _slug(method) / task.name,
+                lambda config=config: (base(), config()),
+                task,
+                parts[task.name],
+                chosen,
+                fresh=arguments.fresh,
+                label=f"  {task.title}",
+            )
+            trained.setdefault(method, {})[task.name] = result
+            _show(method, task, result)
+    return trained
 
 
 def _show(method: str, task: Task, result: Trained) -> None:

@@ -150,7 +150,8 @@ def _svg(figure: Figure, salt: str) -> str:
     """The figure as an <svg> element whose ids don't meet those of another figure on the page."""
     buffer = io.StringIO()
     with plt.rc_context({"svg.hashsalt": salt}):
-        figure.savefig(buffer, format="svg", transparent=True, bbox_inches="tight", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(buffer, format="svg", transparent=True, bbox_inches="tight", metadata=nothing)
     plt.close(figure)
     text = buffer.getvalue()
     text = text[text.index("<svg") :].replace(_INK, "currentColor")

@@ -27,16 +27,18 @@ def full_precision(device: torch.device) -> Iterator[None]:
 
 
 def check_floating(weight: Tensor, name: str) -> None:
-    """Refuse what is not a floating-point matrix.
+    """Refuse what is not a floating-point matrix with values.
 
     Raises:
         TypeError: another dtype (a quantised weight must be dequantised first).
-        ValueError: fewer than two dimensions.
+        ValueError: fewer than two dimensions, or no data.
     """
     if weight.dtype not in _FLOATS:
         raise TypeError(
             f"weight {name!r} must be fp32, fp64, bf16 or fp16, got {weight.dtype}; dequantise it before decomposing"
         )
+    if weight.is_meta:
+        raise ValueError(f"weight {name!r} is on the meta device and has no values; materialise it first")
     if weight.ndim < 2:
         raise ValueError(f"weight {name!r} must have at least 2 dimensions, got shape {tuple(weight.shape)}")
 

@@ -121,9 +121,12 @@ def error(got: Tensor, exact: Tensor) -> float:
 
 
 def assert_within_twice(got: Tensor, plain: Tensor, exact: Tensor, what: str) -> None:
-    """Error against fp64 at most twice plain torch's in that dtype, plus one rounding of the accumulation dtype."""
+    """Error against fp64 at most twice plain torch's in that dtype.
+
+    Three roundings of the accumulation dtype are free: in results of a few numbers plain torch can be right by luck.
+    """
     assert got.shape == exact.shape, f"{what}: shape {tuple(got.shape)}, expected {tuple(exact.shape)}"
     assert torch.isfinite(got).all(), f"{what}: not finite"
-    floor = torch.finfo(accumulate_dtype(got.dtype)).eps
+    floor = 3 * torch.finfo(accumulate_dtype(got.dtype)).eps
     ours, theirs = error(got, exact), error(plain, exact)
     assert ours <= 2 * theirs + floor, f"{what}: error {ours:.3e} exceeds twice plain torch's {theirs:.3e}"

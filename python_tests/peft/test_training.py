@@ -6,9 +6,10 @@ import warnings
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
+from peft.utils.hotswap import hotswap_adapter
 from torch.nn.parallel import DistributedDataParallel
-from transformers import Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from .models import Case, layers_of, logits, train
 
@@ -78,13 +79,11 @@ def test_compiled_model_trains_and_serves(case: Case):
     compiled = torch.compile(model.base_model.model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(logits(compiled, case.inputs()), eager, rtol=1e-4, atol=1e-4)
     model.train()
-    compiled(**case.inputs(), labels=case.labels()).loss.backward()
-    assert all(layer.loraxs_R["default"].weight.grad is not None for layer in layers_of(model))
+    compiled(**case.inputs()).logits.square().mean().backward()
+    assert all(layer.loraxs_R["default"].weight.grad.any() for layer in layers_of(model))
 
 
 def test_loading_into_a_compiled_model_does_not_break_it(llama: Case, tmp_path):
-    from peft.utils.hotswap import hotswap_adapter
-
     torch._dynamo.reset()
     trained = llama.model()
     train(trained, llama)
@@ -126,12 +125,8 @@ def test_transformers_adapter_methods(case: Case, tmp_path):
 
 
 def test_pretrained_with_adapter_on_top(llama: Case, tmp_path):
-    from transformers import AutoModelForCausalLM
-
     llama.base().save_pretrained(tmp_path / "base")
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    from peft import get_peft_model
-
     model = get_peft_model(base, llama.config()).eval()
     model.save_pretrained(tmp_path / "adapter")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")
@@ -159,8 +154,6 @@ def test_ddp_leaves_the_basis_alone(llama: Case, one_process):
 
 def test_base_that_arrives_later(llama: Case):
     """A model built on the meta device gets its bases with the first call after its weights."""
-    from peft import get_peft_model
-
     with torch.device("meta"):
         empty = llama.build()
     model = get_peft_model(empty, llama.config())
