@@ -64,7 +64,7 @@ distclean: clean ## remove .venv too
 clang_format = find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu' | \
 	xargs "$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("scripts"))')/clang-format" $(1)
 
-# ---- setup: a stamp is written after its step is done, so an interrupted step runs again -----------------------------
+# Setup. A stamp is written after its step is done, so an interrupted step runs again.
 
 # Prints the requirements of a table of pyproject.toml: "build" or the name of an extra.
 # With a second argument, prints those that are not installed.
@@ -123,7 +123,7 @@ $(STATE)/build-tools: $(TORCH_STAMP) pyproject.toml
 	@touch $@
 
 $(STATE)/package: $(STATE)/build-tools $(NATIVE)
-	@echo '== building and installing this package'
+	@echo '== building and installing this package: the C++ takes some minutes'
 	$(PIP) --no-build-isolation -e .
 	@touch $@
 

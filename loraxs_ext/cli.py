@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from . import __version__, ops
+from .basis.cache import cache_directory
 
 REQUIRED = ("torch", "numpy", "safetensors", "transformers", "peft", "tqdm")
 OPTIONAL = ("triton", "accelerate")
@@ -45,9 +46,6 @@ def main(argv: list[str] | None = None) -> int:
     return arguments.run(arguments)
 
 
-# doctor
-
-
 def _doctor_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
 
@@ -71,7 +69,7 @@ def examine() -> dict[str, Any]:
     """
     problems: list[dict[str, str]] = []
     notes: list[dict[str, str]] = []
-    versions = {"python": platform.python_version(), "loraxs_ext": __version__}
+    versions: dict[str, str | None] = {"python": platform.python_version(), "loraxs_ext": __version__}
     versions |= {name: _installed(name) for name in REQUIRED + OPTIONAL}
     problems += [
         {"what": f"{name} is not installed", "hint": f"pip install {name}"}
@@ -158,7 +156,8 @@ def _cpu_name() -> str:
 
 def _cache() -> dict[str, Any]:
     """The folder for downloads and decompositions, and the bytes in it."""
-    folder = Path(os.environ.get("LORAXS_CACHE") or Path.home() / ".cache" / "loraxs_ext").expanduser()
+    folder = cache_directory("default")
+    assert folder is not None  # only None as a choice gives none
     return {"folder": str(folder), "bytes": sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())}
 
 
@@ -172,7 +171,7 @@ def _agreement(device: str) -> float:
     slots = torch.tensor([0, 1, -1, 1, 0], dtype=torch.int32, device=device)
     computed = ops.linear(x, weight, None, a, b, pages, slots, 0.5).double()
     meant, _ = ops.reference.linear(
-        *(t.double() for t in (x, weight)), None, *(t.double() for t in (a, b, pages)), slots, 0.5
+        x.double(), weight.double(), None, a.double(), b.double(), pages.double(), slots, 0.5
     )
     return ((computed - meant).abs().max() / meant.abs().max()).item()
 

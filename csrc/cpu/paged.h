@@ -1,8 +1,11 @@
 // The r x r step: every row gathers its own R (rotate), every slot sums its own gradient (outer). Included once per ISA.
 //
-// There is no fast path for one adapter: a row costs the same whichever page it reads, and sorting rows by page is slower.
+// A row costs the same whichever page it reads, and sorting rows by page is slower. Only consecutive rows of one page (one
+// adapter, or the prompt of one request) share the work of reading it.
 #pragma once
-#include "cpu/project.h"
+#include <cstdlib>
+
+#include "cpu/expand.h"
 
 namespace loraxs::cpu {
 namespace {
@@ -53,24 +56,49 @@ void rotate_back(const A* p, const P* page, A* q, int64_t r, int64_t j, int left
 }
 
 template <class A, class P>
-void rotate(const Rotate<A, P>& g) {
+void rotate_one(const Rotate<A, P>& g, int64_t m, const P* page) {
   constexpr int lanes = Vec<A>::lanes;
-  for (int64_t m = 0; m < g.M; ++m) {
+  const A* p = g.p + m * g.r;
+  A* q = g.q + m * g.r;
+  if (!g.transposed) return rotate_row(p, page, q, g.r, g.alpha);
+  int64_t j = 0;
+  for (; j + 4 * lanes <= g.r; j += 4 * lanes) rotate_back<4>(p, page, q, g.r, j, lanes, g.alpha);
+  for (; j < g.r; j += lanes) rotate_back<1>(p, page, q, g.r, j, int(least(lanes, g.r - j)), g.alpha);
+}
+
+// Rows m .. m + count of one page: scale and widen it once, then it is a small project or expand.
+template <class A, class P>
+bool rotate_run(const Rotate<A, P>& g, int64_t m, int64_t count, const P* page) {
+  A* wide = static_cast<A*>(std::malloc(size_t(g.r * g.r) * sizeof(A)));
+  if (wide == nullptr) return false;
+  using V = Vec<A>;
+  for (int64_t i = 0; i < g.r * g.r; i += V::lanes) {
+    const int left = int(least(V::lanes, g.r * g.r - i));
+    (V::load_n(page + i, left) * V::splat(g.alpha)).store_n(wide + i, left);
+  }
+  const A* p = g.p + m * g.r;
+  A* q = g.q + m * g.r;
+  if (g.transposed)
+    expand<A>({nullptr, q, p, wide, g.r, g.r, g.r, count, g.r, g.r, nullptr, nullptr, 0, 0, false});
+  else
+    project<A>({p, wide, q, g.r, g.r, g.r, count, g.r, g.r, A(1), nullptr, 0, false});
+  std::free(wide);
+  return true;
+}
+
+// From this many rows on, a run beats row by row (Sapphire Rapids, r = 4 to 64).
+constexpr int64_t kRun = 8;
+
+template <class A, class P>
+void rotate(const Rotate<A, P>& g) {
+  for (int64_t m = 0, end = 0; m < g.M; m = end) {
     const int64_t slot = g.slots ? g.slots[m] : 0;
-    const A* p = g.p + m * g.r;
-    A* q = g.q + m * g.r;
-    if (slot < 0) {
-      for (int64_t i = 0; i < g.r; ++i) q[i] = 0;
-      continue;
-    }
+    for (end = g.slots ? m + 1 : g.M; end < g.M && g.slots[end] == slot;) ++end;
     const P* page = g.pages + slot * g.r * g.r;
-    if (!g.transposed) {
-      rotate_row(p, page, q, g.r, g.alpha);
-      continue;
-    }
-    int64_t j = 0;
-    for (; j + 4 * lanes <= g.r; j += 4 * lanes) rotate_back<4>(p, page, q, g.r, j, lanes, g.alpha);
-    for (; j < g.r; j += lanes) rotate_back<1>(p, page, q, g.r, j, int(least(lanes, g.r - j)), g.alpha);
+    if (slot < 0)
+      for (int64_t i = m * g.r; i < end * g.r; ++i) g.q[i] = 0;
+    else if (end - m < kRun || !rotate_run(g, m, end - m, page))
+      for (int64_t i = m; i < end; ++i) rotate_one(g, i, page);
   }
 }
 

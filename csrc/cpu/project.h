@@ -43,7 +43,7 @@ struct Dot<bf16> {
   using Operand = __m512bh;
   static constexpr int step = 32;
   static Operand load(const bf16* p) { return (__m512bh)_mm512_loadu_si512(p); }
-  static Operand load_n(const bf16* p, int n) { return (__m512bh)_mm512_maskz_loadu_epi16((1u << n) - 1, p); }
+  static Operand load_n(const bf16* p, int n) { return (__m512bh)_mm512_maskz_loadu_epi16(__mmask32((uint64_t(1) << n) - 1), p); }
   static V madd(V sum, Operand x, Operand a) { return {_mm512_dpbf16_ps(sum.v, x, a)}; }
 };
 #endif

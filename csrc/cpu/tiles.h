@@ -90,6 +90,24 @@ struct Factor {
     }                                                                                                     \
   } while (0)
 
+// out[u * su + v * sv] (+)= alpha * sums[u][v]; one of the strides is 1.
+inline void add_sums(const float* sums, int64_t nu, int64_t nv, float* out, int64_t su, int64_t sv, float alpha,
+                     bool fresh) {
+  using V = Vec<float>;
+  if (sv == 1) {
+    for (int64_t u = 0; u < nu; ++u, out += su) {
+      const V s = V::load(sums + u * kTile) * V::splat(alpha);
+      (fresh ? s : V::load_n(out, int(nv)) + s).store_n(out, int(nv));
+    }
+    return;
+  }
+  for (int64_t v = 0; v < nv; ++v, out += sv)
+    for (int64_t u = 0; u < nu; ++u) {
+      const float s = alpha * sums[u * kTile + v];
+      out[u] = fresh ? s : out[u] + s;
+    }
+}
+
 constexpr int64_t kPackedTiles = 64;  // 64 KiB of packed factor: stays in L2, and mostly in L1 for small ranks
 
 // sums[u, v] = alpha * U[u] . V[v] at out[u * su + v * sv]; V is packed.
@@ -140,13 +158,7 @@ inline void tile_dots(const Factor& U, const Factor& V, float* out, int64_t su, 
           for (int block = 0; block < 4; ++block) {
             const int64_t uu = u + block / 2 * kTile, vv = v0 + (v + block % 2) * kTile;
             const int64_t nu = least(kTile, U.rows - uu), nv = least(kTile, V.rows - vv);
-            if (nu <= 0 || nv <= 0) continue;
-            for (int64_t i = 0; i < nu; ++i)
-              for (int64_t j = 0; j < nv; ++j) {
-                float* o = out + (uu + i) * su + (vv + j) * sv;
-                const float s = alpha * sums[block][i * kTile + j];
-                *o = k0 == 0 ? s : *o + s;
-              }
+            if (nu > 0 && nv > 0) add_sums(sums[block], nu, nv, out + uu * su + vv * sv, su, sv, alpha, k0 == 0);
           }
         }
       }
@@ -199,14 +211,47 @@ inline void pack_columns(const Expand<bf16>& g, int64_t n, int64_t tiles, bf16* 
   }
 }
 
+// A 2 x 2 block of finished tiles. expand keeps two: one is added to the output while the tiles work on the next.
+using Sums = float[4][kTile * kTile];
+
+constexpr int64_t kPanelWords = kPanelTiles * kTile / 64;
+
+// Adds a 2 x 2 block of sums to rows m .. m + rows, columns n .. n + 32: all columns exist, nothing is dropped.
+inline void finish_whole(const Expand<bf16>& g, const Sums& sums, int64_t m, int64_t rows, int64_t n) {
+  using V = Vec<float>;
+  const int64_t ld = g.ldio;
+  const int32_t* slots = g.slots ? g.slots + m : nullptr;
+  const bf16* in = g.in + m * ld + n;
+  bf16* out = g.out + m * ld + n;
+  for (int64_t i = 0; i < rows; ++i, in += ld, out += ld) {
+    if (slots && slots[i] < 0) continue;
+    const float* s = sums[i / kTile * 2] + i % kTile * kTile;
+    (V::load(in) + V::load(s)).store(out);
+    (V::load(in + kTile) + V::load(s + kTile * kTile)).store(out + kTile);
+  }
+}
+
+// The same for the last columns before n1, under dropout (`keep` holds the words of the panel from n0, or null), or
+// with nothing to add to.
+inline void finish_any(const Expand<bf16>& g, const Sums& sums, int64_t m, int64_t rows, int64_t n,
+                       int64_t n1, const uint64_t* keep, int64_t n0) {
+  for (int64_t i = 0; i < rows; ++i) {
+    if (!live(g, m + i)) continue;
+    for (int64_t c = 0; c < 2 && n + c * kTile < n1; ++c)
+      store_sum(g, m + i, n + c * kTile, int(least(kTile, n1 - n - c * kTile)),
+                Vec<float>::load(sums[i / kTile * 2 + c] + i % kTile * kTile),
+                keep ? keep + i * kPanelWords - n0 / 64 : nullptr);
+  }
+}
+
 inline void expand_tiles(const Expand<bf16>& g) {
   if (!g.wide || g.r > kMaxTileRank) return expand<bf16>(g);
   copy_dead_rows(g);
   alignas(64) bf16 b_tiles[kPanelTiles * kTileElements], q_tiles[2][kMaxTileRank / kTile * kTileElements];
-  alignas(64) float sums[4][kTile * kTile];
-  uint64_t keep[2 * kTile][kPanelTiles * kTile / 64];
-  const int64_t tiles = (g.r + kTileDepth - 1) / kTileDepth, products = g.r <= kTile ? 1 : 2 * tiles;
-  const int64_t panel = kPanelTiles / tiles / 4 * 4 * kTile > 0 ? kPanelTiles / tiles / 4 * 4 * kTile : 2 * kTile;
+  alignas(64) Sums sums[2];
+  uint64_t keep[2 * kTile][kPanelWords];
+  const int64_t tiles = (g.r + kTileDepth - 1) / kTileDepth, halves = g.r <= kTile ? 1 : 2;
+  const int64_t fit = kPanelTiles / tiles / 4 * 4 * kTile, panel = fit > 0 ? fit : 2 * kTile;
   const TileSession session;
   for (int64_t n0 = 0; n0 < g.N; n0 += panel) {
     const int64_t n1 = least(n0 + panel, g.N);
@@ -220,43 +265,48 @@ inline void expand_tiles(const Expand<bf16>& g) {
         for (int64_t i = 0; i < rows; ++i)
           keep_words(*g.dropout, uint32_t(g.row0 + m + i), uint32_t((g.col0 + n0) / 64), keep[i],
                      int((n1 - n0 + 63) / 64));
+      const auto finish = [&](int64_t n) {
+        const Sums& s = sums[n / (2 * kTile) % 2];
+        if (g.dropout || !g.in || n + 2 * kTile > n1)
+          finish_any(g, s, m, rows, n, n1, g.dropout ? keep[0] : nullptr, n0);
+        else
+          finish_whole(g, s, m, rows, n);
+      };
       TileSession::fence();
       for (int64_t n = n0; n < n1; n += 2 * kTile) {
         const bool two_n = n + kTile < n1;
-        const bf16* b = b_tiles + (n - n0) / kTile * tiles * kTileElements;
         _tile_zero(0);
         _tile_zero(1);
         _tile_zero(2);
         _tile_zero(3);
-        for (int64_t t = 0; t < products; ++t) {
-          const bf16* bt = b + t % tiles * kTileElements;
-          _tile_loadd(4, q_tiles[0] + t * kTileElements, 64);
-          _tile_loadd(6, bt, 64);
-          _tile_dpbf16ps(0, 4, 6);
-          if (two_n) {
-            _tile_loadd(7, bt + tiles * kTileElements, 64);
-            _tile_dpbf16ps(1, 4, 7);
-          }
-          if (two_m) {
-            _tile_loadd(5, q_tiles[1] + t * kTileElements, 64);
-            _tile_dpbf16ps(2, 5, 6);
-            if (two_n) _tile_dpbf16ps(3, 5, 7);
+        const bf16* q = q_tiles[0];
+        const bf16* q2 = q_tiles[1];
+        for (int64_t half = 0; half < halves; ++half) {
+          const bf16* b = b_tiles + (n - n0) / kTile * tiles * kTileElements;
+          for (int64_t t = 0; t < tiles; ++t, q += kTileElements, q2 += kTileElements, b += kTileElements) {
+            _tile_loadd(4, q, 64);
+            _tile_loadd(6, b, 64);
+            _tile_dpbf16ps(0, 4, 6);
+            if (two_n) {
+              _tile_loadd(7, b + tiles * kTileElements, 64);
+              _tile_dpbf16ps(1, 4, 7);
+            }
+            if (two_m) {
+              _tile_loadd(5, q2, 64);
+              _tile_dpbf16ps(2, 5, 6);
+              if (two_n) _tile_dpbf16ps(3, 5, 7);
+            }
           }
         }
-        _tile_stored(0, sums[0], 64);
-        _tile_stored(1, sums[1], 64);
-        _tile_stored(2, sums[2], 64);
-        _tile_stored(3, sums[3], 64);
+        if (n > n0) finish(n - 2 * kTile);
+        Sums& s = sums[n / (2 * kTile) % 2];
+        _tile_stored(0, s[0], 64);
+        _tile_stored(1, s[1], 64);
+        _tile_stored(2, s[2], 64);
+        _tile_stored(3, s[3], 64);
         TileSession::fence();
-        for (int64_t i = 0; i < rows; ++i) {
-          if (!live(g, m + i)) continue;
-          const float* s = sums[i / kTile * 2] + i % kTile * kTile;
-          const uint64_t* words = g.dropout ? keep[i] - n0 / 64 : nullptr;
-          store_sum(g, m + i, n, int(least(kTile, n1 - n)), Vec<float>::load(s), words);
-          if (two_n)
-            store_sum(g, m + i, n + kTile, int(least(kTile, n1 - n - kTile)), Vec<float>::load(s + kTile * kTile), words);
-        }
       }
+      finish((n1 - n0 - 1) / (2 * kTile) * (2 * kTile) + n0);
     }
   }
 }

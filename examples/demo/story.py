@@ -5,6 +5,7 @@ from __future__ import annotations
 from . import figures
 from .outcome import OURS, Outcome
 from .report import Section, Table, page
+from .serve import shown
 
 
 def tell(outcome: Outcome) -> str:
@@ -14,7 +15,7 @@ def tell(outcome: Outcome) -> str:
     tiles = {
         figures.human_bytes(smallest.bytes.matrices): f"the R matrices of one adapter, {smallest.trainable:,} numbers",
         f"{outcome.served.rows} rows": f"in one batch for {len(outcome.tasks)} adapters and the base model",
-        f"{max(outcome.served.difference.values()):.0e}": "largest difference to serving each adapter alone",
+        shown(max(outcome.served.difference.values())): "largest difference to serving each adapter alone",
         f"{outcome.decomposition.seconds:.1f} s": f"to decompose {outcome.decomposition.matrices} weight matrices",
     }
     lead = (
@@ -83,7 +84,7 @@ def _sizes(outcome: Outcome) -> Section:
 def _served(outcome: Outcome) -> Section:
     served = outcome.served
     titles = {task.name: task.title for task in outcome.tasks}
-    differences = ", ".join(f"{titles.get(name, 'base model')} {v:.1e}" for name, v in served.difference.items())
+    differences = ", ".join(f"{titles.get(name, 'base model')} {shown(v)}" for name, v in served.difference.items())
     paragraph = (
         f"{served.rows} texts in random order, in equal shares for every adapter and for the model without one, went"
         f" through the network together in {1e3 * served.mixed_seconds:.0f} ms; one batch per adapter took"

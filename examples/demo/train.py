@@ -235,7 +235,7 @@ def train_adapter(
         label_names=["labels"],
         remove_unused_columns=False,
         disable_tqdm=True,
-        use_cpu=not torch.cuda.is_available(),
+        use_cpu=True,
         seed=settings.seed,
     )
     watch = _Watch(model, parts["dev"], label)

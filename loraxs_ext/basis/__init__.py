@@ -1,9 +1,9 @@
 """Where A and B come from: converged singular vectors of the frozen weights, their fingerprint, a cache on disk."""
 
-from .decompose import decompose as decompose
-from .extend import extend as extend
+from .decomposition import decompose as decompose
+from .extension import extend as extend
 from .factors import Factors as Factors
-from .fingerprint import fingerprint as fingerprint
+from .fingerprints import fingerprint as fingerprint
 from .orthonormal import orthonormalize as orthonormalize
 from .recipe import Recipe as Recipe
 from .sketching import compare_sketch as compare_sketch

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from .fingerprint import fingerprint
+from .fingerprints import fingerprint
 from .recipe import Recipe
 
 _FORMAT = "loraxs_basis/1"
@@ -48,7 +48,8 @@ class Entry(NamedTuple):
 
     def cut(self, rank: int) -> Entry:
         """The entry of a smaller rank."""
-        return Entry(*(part[:rank] for part in self[:-1]), self.steps)
+        a, bt, s, errors, gaps, steps = self
+        return Entry(a[:rank], bt[:rank], s[:rank], errors[:rank], gaps[:rank], steps)
 
 
 def cache_directory(choice: str | Path | Literal["default"] | None) -> Path | None:

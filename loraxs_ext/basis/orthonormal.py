@@ -31,7 +31,7 @@ def orthonormalize_rows(Y: Tensor) -> Tensor:
         [..., k, n] in Y's dtype, or fp32 for half types; Q Qᵀ = I to 1e-7 (fp32) or 1e-14 (fp64).
 
     Raises:
-        ValueError: k > n.
+        ValueError: k > n, or NaN or Inf among the entries.
     """
     count, length = Y.shape[-2:]
     if count > length:
@@ -54,6 +54,8 @@ def orthonormalize_rows(Y: Tensor) -> Tensor:
 
 def _orthonormalize_hard(Q: Tensor, limit: float) -> Tensor:
     """The same for ill-conditioned, dependent and zero rows: repeated passes, shifted while the Gram is singular."""
+    if not bool(torch.isfinite(Q).all()):
+        raise ValueError("Y contains NaN or Inf")
     count, length = Q.shape[-2:]
     eye = torch.eye(count, dtype=Q.dtype, device=Q.device)
     # The smallest shift that is certain to make the factorisation succeed (Fukaya et al., section 3).
@@ -75,7 +77,7 @@ def _orthonormalize_hard(Q: Tensor, limit: float) -> Tensor:
         done = done | ((info == 0) & (pivots.amin((-2, -1)) >= limit))
         if bool(done.all()):
             return Q
-    raise RuntimeError(f"Y could not be orthonormalised in {_MAX_PASSES} passes; are its entries finite?")
+    raise RuntimeError(f"Y could not be orthonormalised in {_MAX_PASSES} passes")
 
 
 def _unit_rows(rows: Tensor, stand_in: Tensor) -> Tensor:
@@ -95,6 +97,6 @@ def orthonormalize(Y: Tensor) -> Tensor:
         [..., n, k] in Y's dtype, or fp32 for half types; QᵀQ = I to 1e-7 (fp32) or 1e-14 (fp64).
 
     Raises:
-        ValueError: k > n.
+        ValueError: k > n, or NaN or Inf among the entries.
     """
     return orthonormalize_rows(Y.mT).mT

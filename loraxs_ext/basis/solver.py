@@ -24,6 +24,10 @@ _EXACT_SIDE = 512
 _EXACT_FRACTION = 8
 # Singular values below this many eps · σ_1 are what rounding left of zero.
 _ZERO = 16.0
+# Below this σ_i/σ_1 the fp64 Gram matrix has lost σ_i², and only a full SVD finds the vector.
+_GRAM_RESOLVES = 1e-6
+# Orthonormalising and rounding the vectors to the dtype turns them by this many eps.
+_ROUNDED = 8.0
 
 
 class Convergence(NamedTuple):
@@ -105,22 +109,33 @@ def solve(W: Tensor, rank: int, recipe: Recipe, method: Method = "auto") -> Trip
 def _solve_exact(W: Tensor, rank: int, recipe: Recipe) -> Triplets:
     if recipe.vectors == "top" and W.dtype != torch.float64:
         return _finish(W, gram_subspace(_short(W), rank))
+    return _solve_fully(W, rank, recipe)
+
+
+def _solve_fully(W: Tensor, rank: int, recipe: Recipe) -> Triplets:
     left, right, rest = full_svd(W, rank, recipe.vectors, recipe.seed)
     unknown = torch.full_like(left[..., 0], torch.inf)
-    return _measure(W, left.to(W.dtype), right.to(W.dtype), rest, unknown, unknown[:, 0].isfinite().long())
+    steps = torch.zeros(len(W), dtype=torch.int64, device=W.device)
+    return _measure(W, left.to(W.dtype), right.to(W.dtype), rest, unknown, steps)
 
 
 def _solve_iteratively(W: Tensor, rank: int, recipe: Recipe) -> Triplets:
+    """Block Lanczos, with what rounding leaves unresolved (a large σ_1 above a small gap) repeated more exactly."""
     options = (rank, recipe.n_oversamples, recipe.tol, recipe.max_iter, recipe.seed, block_size(W.device))
     found = _finish(W, lanczos_subspace(_short(W), *options))
-    # What rounding in fp32 leaves unresolved (a large σ_1 above a small gap) is repeated in fp64.
-    again = (found.errors[:, -1] > recipe.tol) & (found.steps > 0) & (found.steps < recipe.max_iter)
-    if W.dtype == torch.float64 or not bool(again.any()):
-        return found
-    where = again.nonzero()[:, 0]
-    finer = _finish(W[where], lanczos_subspace(_short(W[where].double()), *options))
-    for kept, new in zip(found, finer, strict=True):
-        kept[where] = new
+    again = (found.errors[:, -1] > recipe.tol) & (found.steps < recipe.max_iter)
+    if W.dtype == torch.float64:
+        again &= found.s[:, -1] < _GRAM_RESOLVES * found.s[:, 0]
+    else:
+        again &= found.steps > 0
+    if bool(again.any()):
+        where = again.nonzero()[:, 0]
+        if W.dtype == torch.float64:
+            finer = _solve_fully(W[where], rank, recipe)
+        else:
+            finer = _finish(W[where], lanczos_subspace(_short(W[where].double()), *options))
+        for kept, new in zip(found, finer, strict=True):
+            kept[where] = new
     return found
 
 
@@ -137,17 +152,17 @@ def _finish(W: Tensor, subspace: Subspace) -> Triplets:
     values, rotation = values.flip(-1).clamp_min(0.0), rotation.flip(-1).mT
     candidate = rotation @ (subspace.basis.double() if short is W else image)
     # Directions of singular values that are zero are arbitrary; fixed ones make them the same everywhere.
-    stand_in = probes(*candidate.shape[-2:], COMPLETION, device=W.device, dtype=torch.float64)
+    stand_in = _completion(candidate)
     zero = values.sqrt() <= _zero_level(values[:, :1].sqrt(), W.dtype)
     left = orthonormalize_rows(torch.where(zero[..., None], stand_in, candidate)).to(W.dtype)
     return _measure(W, left, None, subspace.rest, subspace.drift, subspace.steps)
 
 
 def _measure(W: Tensor, left: Tensor, right: Tensor | None, rest: Tensor, drift: Tensor, steps: Tensor) -> Triplets:
-    """Fix the signs, form UᵀW, and measure the subspace error of every cut.
+    """Fix the signs, form UᵀW, and collect the subspace error of every cut.
 
-    The bound by residuals is far above the error of an iterated subspace, so the smaller of it and of the drift seen
-    during the iteration counts.
+    An iteration brings its own estimate, `drift`; its residuals could not tell that it missed a direction. A complete
+    decomposition (+inf) knows all singular values, so there the bound by residuals and gaps holds.
     """
     sign = canonical_signs(left)
     left = left * sign
@@ -155,18 +170,32 @@ def _measure(W: Tensor, left: Tensor, right: Tensor | None, rest: Tensor, drift:
     lengths = torch.linalg.vector_norm(projected.double(), dim=-1)
     level = _zero_level(torch.cat([lengths, rest], -1).amax(-1, keepdim=True), W.dtype)
     if right is None:
-        stand_in = probes(*projected.shape[-2:], COMPLETION, device=W.device, dtype=torch.float64)
         unit = projected.double() / lengths[..., None].clamp_min(1e-300)
-        right = orthonormalize_rows(torch.where((lengths > level)[..., None], unit, stand_in)).to(W.dtype)
+        unit = torch.where((lengths > level)[..., None], unit, _completion(projected))
+        right = orthonormalize_rows(unit).to(W.dtype)
     else:
         right = right * sign
-    back, wide = multiply_rows(projected, W.mT).double(), left.double()
-    outside = (back - (back @ wide.mT) @ wide).square().sum(-1)
-    among = (projected.double() @ projected.double().mT).square()
+    complete = ~drift[:, -1].isfinite()
+    outside, among = torch.zeros_like(lengths), None
+    if bool(complete.any()):
+        # In fp64: a large σ_1 would drown the residuals of the others in the rounding of fp32 products.
+        basis, wide = left.double(), W.double()
+        image = basis @ wide
+        back = image @ wide.mT
+        outside = (back - (back @ basis.mT) @ basis).square().sum(-1)
+        among = (image @ image.mT).square()
     bounds, gaps = cut_bounds(lengths.square(), rest.square(), level.square(), outside, among)
+    # The vectors are rounded to W's dtype, whatever they were computed in.
+    rounding = _ROUNDED * torch.finfo(W.dtype).eps
+    errors = (torch.where(complete[:, None], bounds, drift) + rounding).clamp_max(1.0)
     smallest = lengths.square().cummin(-1).values.clamp_min(1e-300)
-    errors = torch.minimum(bounds, drift).clamp_max(1.0)
     return Triplets(left, projected, right, lengths.to(W.dtype), errors, gaps / smallest, steps)
+
+
+def _completion(rows: Tensor) -> Tensor:
+    """Fixed pseudo-random rows [r, n] to stand in for directions that the matrix does not determine."""
+    rank, length = rows.shape[-2:]
+    return probes(rank, length, COMPLETION, device=rows.device, dtype=torch.float64)
 
 
 def _zero_level(largest: Tensor, dtype: torch.dtype) -> Tensor:
@@ -196,8 +225,8 @@ def warn_unconverged(measured: Mapping[str, Convergence], tol: float, stacklevel
         error, gap, steps = missed[worst]
         warnings.warn(
             f"{len(missed)} of {len(measured)} weights miss the subspace tolerance {tol:.1e}, {worst!r} most: error "
-            f"{error:.1e} after {steps} steps, relative gap of squared singular values at the cut {gap:.1e}. A tiny gap "
-            "means that the cut falls inside a cluster: choose another rank; otherwise raise max_iter",
+            f"{error:.1e} after {steps} steps, relative gap of squared singular values at the cut {gap:.1e}. A tiny "
+            "gap means that the cut falls inside a cluster: choose another rank; otherwise raise max_iter",
             RuntimeWarning,
             stacklevel=stacklevel,
         )

@@ -4,7 +4,7 @@ from."""
 from .core import CoreMatrix, initial_core
 from .layer import BasisPolicy, LoraXSLayer
 from .linear import LoraXSLinear
-from .merge import MergeLossWarning, delta_weight, merged_weight
+from .merge import MergeLossWarning, delta_weight, rounding_loss
 from .routing import BASE, Route, build_route, routed
 
 __all__ = [
@@ -18,6 +18,6 @@ __all__ = [
     "build_route",
     "delta_weight",
     "initial_core",
-    "merged_weight",
+    "rounding_loss",
     "routed",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
@@ -48,6 +48,9 @@ class LoraXSLayer(nn.Module, BaseTunerLayer):
         "loraxs_dropout",
         "basis_policy",
     )
+    base_layer: nn.Module
+    in_features: int
+    out_features: int
     route: Route | None = None
     base_fingerprint: str | None = None
 
@@ -57,7 +60,7 @@ class LoraXSLayer(nn.Module, BaseTunerLayer):
         self.key = key
         base = self.get_base_layer()
         self.quantization_backend = resolve_quantization_backend(base, **quantization)
-        self.in_features, self.out_features = _get_in_out_features(base)
+        self.in_features, self.out_features = cast(tuple[int, int], _get_in_out_features(base))
         self.fan_in_fan_out = isinstance(base, Conv1D)
         self.r: dict[str, int] = {}
         self.lora_alpha: dict[str, float] = {}
@@ -70,14 +73,16 @@ class LoraXSLayer(nn.Module, BaseTunerLayer):
         self.register_buffer("loraxs_Bt", None, persistent=False)
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
-        # While adapters are merged, the parameter they replaced. In a list: it is no parameter of this layer.
+        # While adapters are merged: the parameter they replaced, or the quantised layer. In lists, so that neither is
+        # registered and saved as a part of this layer.
         self.unmerged_weight: list[nn.Parameter] = []
+        self.unmerged_base: list[nn.Module] = []
 
     # The two override points ------------------------------------------------------------------------------------
 
     def get_R(self, adapter: str) -> Tensor:
         """R [r, r] of `adapter`, differentiable in what the adapter trains."""
-        return self.loraxs_R[adapter].weight
+        return self.core(adapter).weight
 
     def get_basis(self, adapter: str) -> tuple[Tensor, Tensor]:
         """a [r, K] and b [N, r] of `adapter`; b.mT is contiguous, which is what the ops are fast with."""
@@ -87,6 +92,10 @@ class LoraXSLayer(nn.Module, BaseTunerLayer):
         if a.shape[0] != r:
             a, bt = a[:r], bt[:r]
         return a, bt.mT
+
+    def core(self, adapter: str) -> CoreMatrix:
+        """The module that owns R of `adapter`."""
+        return cast(CoreMatrix, self.loraxs_R[adapter])
 
     # Adapters ---------------------------------------------------------------------------------------------------
 
@@ -133,7 +142,7 @@ class LoraXSLayer(nn.Module, BaseTunerLayer):
 
     def settle(self, adapter: str) -> None:
         """Make sure that R of `adapter` stands on the basis it was trained on; free once that is known."""
-        if adapter in self.loraxs_R and not self.loraxs_R[adapter].settled:
+        if adapter in self.loraxs_R and not self.core(adapter).settled:
             settle_outside_of_graphs(self, adapter)
 
     def train(self, mode: bool = True) -> LoraXSLayer:
@@ -172,9 +181,24 @@ class LoraXSLayer(nn.Module, BaseTunerLayer):
         return device if device is not None else torch.device("cpu")
 
     def frozen_weight(self) -> Tensor:
-        """W [N, K] of the base layer without any adapter, dequantised."""
-        weight = self.unmerged_weight[0].data if self.unmerged_weight else self.get_base_weight()
-        return weight.mT if self.fan_in_fan_out else weight
+        """W [N, K] of the base layer without any adapter, dequantised.
+
+        Raises:
+            RuntimeError: a 4-bit weight was repacked and cannot be read any more.
+        """
+        if self.quantization_backend is None:
+            weight = self.unmerged_weight[0].data if self.unmerged_weight else self.get_base_weight()
+            return weight.mT if self.fan_in_fan_out else weight
+        base: Any = self.unmerged_base[0] if self.unmerged_base else self.base_layer
+        while hasattr(base, "base_layer"):
+            base = base.base_layer
+        quant_state = getattr(getattr(base, "weight", None), "quant_state", None)
+        if getattr(quant_state, "packing_format_for_cpu", False):
+            raise RuntimeError(
+                f"{self.key}: base_layer: expected a readable 4-bit weight, got one that bitsandbytes repacked for the "
+                f"CPU at its first forward pass in eval mode. Add and merge adapters before that."
+            )
+        return self.quantization_backend.get_base_weight(base)
 
     # Scaling, with LoRA's meaning of the three methods ----------------------------------------------------------
 
@@ -203,10 +227,9 @@ class LoraXSLayer(nn.Module, BaseTunerLayer):
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT's version also casts to the dtype of the base layer, which would round R of a half-precision model.
-        core = self.loraxs_R[adapter_name] if adapter_name in self.loraxs_R else None
         target = device or self.get_base_layer_device()
-        if core is not None and core.weight.device.type != "meta" and target.type != "meta":
-            core.to(target)
+        if adapter_name in self.loraxs_R and "meta" not in (self.core(adapter_name).weight.device.type, target.type):
+            self.core(adapter_name).to(target)
 
 
 @torch.compiler.disable(reason="call model.eval() or model.train() after loading an adapter into a compiled model")

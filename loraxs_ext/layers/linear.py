@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
-from typing import Any, NamedTuple
+from functools import reduce
+from typing import Any, NamedTuple, cast
 
 import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 from loraxs_ext import ops
 
 from .layer import LoraXSLayer
-from .merge import LOSS_WORTH_A_WARNING, MergeLossWarning, delta_weight, merged_weight
+from .merge import LOSS_WORTH_A_WARNING, MergeLossWarning, delta_weight, rounding_loss
 from .routing import Route, pad
 
 
@@ -57,9 +59,10 @@ class LoraXSLinear(LoraXSLayer):
             return self.base_layer(x, *args, **kwargs)
         paths = self._active_paths() if self.route is None else self._routed_path(x, self.route)
         if paths and not args and not kwargs and _is_fusable(self.base_layer, x, paths[0].a.dtype):
+            base = cast(nn.Linear, self.base_layer)
             first, *paths = paths
             rng = _draw_rng(x) if first.p_drop else None
-            y = ops.linear(x, self.base_layer.weight, self.base_layer.bias, *first[:5], p_drop=first.p_drop, rng=rng)
+            y = ops.linear(x, base.weight, base.bias, *first[:5], p_drop=first.p_drop, rng=rng)
         else:
             y = self.base_layer(x, *args, **kwargs)
         for path in paths:
@@ -87,8 +90,8 @@ class LoraXSLinear(LoraXSLayer):
         for adapter in adapters:
             if self.r[adapter] > self.r[widest]:
                 widest = adapter
-        core = sum(pad(self.get_R(adapter) * self.scaling[adapter], self.r[widest]) for adapter in adapters)
-        return LowRankPath(*self.get_basis(widest), core[None], p_drop=p_drop)
+        cores = [pad(self.get_R(adapter) * self.scaling[adapter], self.r[widest]) for adapter in adapters]
+        return LowRankPath(*self.get_basis(widest), torch.stack(cores).sum(0, keepdim=True), p_drop=p_drop)
 
     def _routed_path(self, x: Tensor, route: Route) -> list[LowRankPath]:
         if route.pages is None:
@@ -99,8 +102,7 @@ class LoraXSLinear(LoraXSLayer):
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """ΔW = s·B R A in the layout of the base weight, in fp32 (fp64 for an fp64 base)."""
-        self.settle(adapter)
-        delta = delta_weight(*self.get_basis(adapter), self.get_R(adapter), self.scaling[adapter])
+        delta = self._low_rank_weight(adapter)
         return delta.mT if self.fan_in_fan_out else delta
 
     @torch.no_grad()
@@ -120,19 +122,15 @@ class LoraXSLinear(LoraXSLayer):
         adapters = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.loraxs_R]
         if not adapters:
             return
-        base = self.get_base_layer()
-        delta = sum(self.get_delta_weight(name) for name in [*self.merged_adapters, *adapters])
+        delta = reduce(torch.add, (self._low_rank_weight(name) for name in [*self.merged_adapters, *adapters]))
         frozen = self.frozen_weight()
-        merged, loss = merged_weight(frozen.mT if self.fan_in_fan_out else frozen, delta.to(frozen.device))
+        merged = (frozen.to(delta.dtype) + delta.to(frozen.device)).to(frozen.dtype)
         if safe_merge and not torch.isfinite(merged).all():
             raise ValueError(f"NaNs detected in the merged weights. The adapter {adapters} seems to be broken")
-        if not self.unmerged_weight:
-            self.unmerged_weight.append(base.weight)
-        if self.quantization_backend is None:
-            base.weight = nn.Parameter(merged, requires_grad=base.weight.requires_grad)
-        else:
-            self.set_base_weight(merged)
+        self._replace_weight(merged.mT.contiguous() if self.fan_in_fan_out else merged)
         self.merged_adapters.extend(adapters)
+        stored = self.get_base_weight()
+        loss = rounding_loss(frozen, delta, stored.mT if self.fan_in_fan_out else stored)
         if loss > LOSS_WORTH_A_WARNING:
             warnings.warn(MergeLossWarning(self.key, loss), stacklevel=2)
 
@@ -142,11 +140,33 @@ class LoraXSLinear(LoraXSLayer):
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         self.merged_adapters.clear()
-        base, weight = self.get_base_layer(), self.unmerged_weight.pop()
-        if self.quantization_backend is None:
-            # The model may have moved since.
+        # The model may have moved since: the original follows.
+        if self.unmerged_base:
+            device = self.get_base_layer_device()
+            self.base_layer = self.unmerged_base.pop().to(device)
+        else:
+            base: Any = self.get_base_layer()
+            weight = self.unmerged_weight.pop()
             weight.data = weight.data.to(base.weight.device, base.weight.dtype)
-        base.weight = weight
+            base.weight = weight
+
+    def _low_rank_weight(self, adapter: str) -> Tensor:
+        self.settle(adapter)
+        return delta_weight(*self.get_basis(adapter), self.get_R(adapter), self.scaling[adapter])
+
+    def _replace_weight(self, merged: Tensor) -> None:
+        """Store `merged` (in the layout of the base layer) and keep what it replaces."""
+        if self.quantization_backend is None:
+            base: Any = self.get_base_layer()
+            if not self.unmerged_weight:
+                self.unmerged_weight.append(base.weight)
+            base.weight = nn.Parameter(merged, requires_grad=base.weight.requires_grad)
+        else:
+            # Quantised layers keep state beside the weight, each kind its own: set the whole layer aside.
+            if not self.unmerged_base:
+                self.unmerged_base.append(self.base_layer)
+            self.base_layer = copy.deepcopy(self.unmerged_base[0])
+            self.set_base_weight(merged)
 
     def extra_repr(self) -> str:
         """Ranks of the adapters and of the basis, and the quantisation backend where there is one."""

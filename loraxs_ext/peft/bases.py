@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,7 +40,6 @@ class AdapterBasis:
     tol: float
     layers: weakref.WeakSet[LoraXSLayer] = field(default_factory=weakref.WeakSet)
 
-    @torch.no_grad()
     def settle(self, layer: LoraXSLayer | None = None) -> None:
         """Give every layer its basis, and express the R that came in on it.
 
@@ -52,16 +52,26 @@ class AdapterBasis:
         if layer is not None:
             self.layers.add(layer)
         pending = sorted((m for m in self.layers if self._is_pending(m)), key=lambda m: m.key)
-        for m in pending:
-            self._adopt_stored(m)
-        compute_bases(pending, {m.key: m.r[self.adapter] for m in pending}, self.recipe)
-        moved = [self._rebased(m) for m in pending]
-        mismatches = [Mismatch(m.key, error) for m, (_, error) in zip(pending, moved, strict=True)]
+        if not pending:
+            return
+        # The first forward pass may ask, under autocast (which would round) or in inference mode (whose tensors could
+        # never be trained with).
+        device = pending[0].get_base_layer_device().type
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
+            self._settle(pending)
+
+    def _settle(self, pending: Sequence[LoraXSLayer]) -> None:
+        for layer in pending:
+            self._adopt_stored(layer)
+        compute_bases(pending, {layer.key: layer.r[self.adapter] for layer in pending}, self.recipe)
+        moved = [self._rebased(layer) for layer in pending]
+        mismatches = [Mismatch(layer.key, error) for layer, (_, error) in zip(pending, moved, strict=True)]
         report(self.adapter, mismatches, self.check, self.tol, self.recipe.tol)
-        for m, (weight, _) in zip(pending, moved, strict=True):
-            if weight is not self._core(m).weight:
-                self._core(m).weight.copy_(weight)
-            record(m, self.adapter)
+        for layer, (weight, _) in zip(pending, moved, strict=True):
+            core = self._core(layer)
+            if weight is not core.weight:
+                core.weight.copy_(weight)
+            record(layer, self.adapter)
 
     def refuse_wrong_base(self, sketches: Mapping[str, Tensor]) -> None:
         """Raise now if R matrices with these sketches, by layer key, would be refused once loaded.
@@ -75,7 +85,7 @@ class AdapterBasis:
             report(self.adapter, found, self.check, self.tol, self.recipe.tol)
 
     def _core(self, layer: LoraXSLayer) -> CoreMatrix:
-        return layer.loraxs_R[self.adapter]
+        return layer.core(self.adapter)
 
     def _is_pending(self, layer: LoraXSLayer) -> bool:
         if self.adapter not in layer.loraxs_R or self._core(layer).settled:
@@ -85,7 +95,7 @@ class AdapterBasis:
     def _adopt_stored(self, layer: LoraXSLayer) -> None:
         """Make the basis stored with the adapter the layer's, unless another adapter already stands on that."""
         core = self._core(layer)
-        if core.stored_basis is None or any(c.settled for c in layer.loraxs_R.values()):
+        if core.stored_basis is None or any(layer.core(name).settled for name in layer.loraxs_R):
             return
         layer.set_basis(*core.stored_basis)
         layer.base_fingerprint = None
@@ -118,25 +128,24 @@ def compute_bases(layers: Sequence[LoraXSLayer], ranks: Mapping[str, int], recip
     for layer in layers:
         if layer.basis_rank < ranks[layer.key]:
             by_weight.setdefault(_weight_id(layer), []).append(layer)
-    new, grown = {}, {}
+    new: dict[str, tuple[LoraXSLayer, list[LoraXSLayer], int]] = {}
+    grown: dict[str, tuple[LoraXSLayer, list[LoraXSLayer], int]] = {}
     for group in by_weight.values():
         rank = max(ranks[layer.key] for layer in group)
         owner = max(group, key=lambda layer: layer.basis_rank)
         (grown if owner.basis_rank else new)[owner.key] = (owner, group, rank)
     factors = {}
     if new:
-        weights = {key: _loader(owner) for key, (owner, _, _) in new.items()}
-        factors = basis.decompose(
-            weights, {key: rank for key, (_, _, rank) in new.items()}, recipe, cache_dir="default"
-        )
+        weights = {key: partial(_load_weight, owner) for key, (owner, _, _) in new.items()}
+        ranks = {key: rank for key, (_, _, rank) in new.items()}
+        factors = basis.decompose(weights, ranks, recipe, cache_dir="default")
     for key, (owner, _, rank) in grown.items():
-        factors[key] = basis.extend(current_factors(owner, owner.basis_rank), _loader(owner)(), rank, recipe)
+        factors[key] = basis.extend(current_factors(owner, owner.basis_rank), _load_weight(owner), rank, recipe)
     for key, (owner, group, _) in {**new, **grown}.items():
         owner.set_basis(factors[key].a, factors[key].bt)
-        fingerprint = basis.fingerprint(_loader(owner)()) if key in new else owner.base_fingerprint
         for layer in group:
             layer.loraxs_A, layer.loraxs_Bt = owner.loraxs_A, owner.loraxs_Bt
-            layer.base_fingerprint = fingerprint
+            layer.base_fingerprint = owner.base_fingerprint
 
 
 def combined_fingerprint(layers: Iterable[LoraXSLayer]) -> str | None:
@@ -152,11 +161,10 @@ def _weight_id(layer: LoraXSLayer) -> int:
     return id(layer.unmerged_weight[0] if layer.unmerged_weight else getattr(base, "weight", base))
 
 
-def _loader(layer: LoraXSLayer) -> Callable[[], Tensor]:
-    """W [N, K], brought in from wherever offloading or sharding keeps it, when it is needed."""
-
-    def load() -> Tensor:
-        with onload_layer(layer), gather_params_ctx(list(layer.get_base_layer().parameters())):
-            return layer.frozen_weight().detach()
-
-    return load
+def _load_weight(layer: LoraXSLayer) -> Tensor:
+    """W [N, K] from wherever offloading or sharding keeps it. The layer notes the fingerprint on the way."""
+    with onload_layer(layer), gather_params_ctx(list(layer.get_base_layer().parameters())):
+        weight = layer.frozen_weight().detach()
+    if layer.base_fingerprint is None:
+        layer.base_fingerprint = basis.fingerprint(weight)
+    return weight

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from peft.utils import ModulesToSaveWrapper
 
 from loraxs_ext.layers import LoraXSLayer
+
+from .config import LoraXSConfig
 
 if TYPE_CHECKING:
     from .model import LoraXSModel
@@ -41,21 +43,22 @@ def combine(
     rank = max(ranks.values())
     # alpha = r in every module: the scaling of the new adapter is 1, those of the old ones are folded into its R.
     pattern = {f"^{re.escape(key)}": r for key, r in ranks.items() if r != rank}
-    tuner.peft_config[adapter_name] = replace(
-        tuner.peft_config[adapters[0]],
+    configs = cast(dict[str, LoraXSConfig], tuner.peft_config)
+    configs[adapter_name] = replace(
+        configs[adapters[0]],
         r=rank,
         lora_alpha=rank,
         use_rslora=False,
         rank_pattern=pattern,
         alpha_pattern=dict(pattern),
-        target_modules=_union([tuner.peft_config[name].target_modules for name in adapters]),
+        target_modules=_union([configs[name].target_modules for name in adapters]),
         init_weights="zeros",
     )
     tuner.inject_adapter(tuner.model, adapter_name)
     with torch.no_grad():
         for layer in layers:
             if adapter_name in layer.loraxs_R:
-                total = layer.loraxs_R[adapter_name].weight
+                total = layer.core(adapter_name).weight
                 for name, weight in zip(adapters, weights, strict=True):
                     if name in layer.r:
                         layer.settle(name)
@@ -64,7 +67,7 @@ def combine(
                 total.requires_grad_(False)
 
 
-def _union(targets: list[set[str] | str]) -> set[str] | str:
+def _union(targets: list[Any]) -> set[str] | str:
     if all(isinstance(target, str) for target in targets):
         return "|".join(f"({target})" for target in targets)
     if any(isinstance(target, str) for target in targets):

@@ -50,7 +50,7 @@ class LoraXSConfig(PeftConfig):
 
         save_basis: store A and B with R: a file of LoRA's size that needs no SVD and fits any copy of the base model.
         basis_check: what to do when a loaded R meets another basis: "error", "warn" or "ignore".
-        basis_tol: largest accepted difference of the bases, as `compare` in `loraxs_ext.peft.verify` measures it.
+        basis_tol: largest accepted difference of the bases, measured as in `loraxs_ext.peft.verify`.
         base_fingerprint: 64 bits of the base weights, in hex; written when the adapter is saved.
 
     Raises:
@@ -63,8 +63,8 @@ class LoraXSConfig(PeftConfig):
     lora_alpha: float = 8
     use_rslora: bool = False
     loraxs_dropout: float = 0.0
-    target_modules: list[str] | str | None = None
-    exclude_modules: list[str] | str | None = None
+    target_modules: list[str] | set[str] | str | None = None
+    exclude_modules: list[str] | set[str] | str | None = None
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     bias: Literal["none", "all", "loraxs_only"] = "none"

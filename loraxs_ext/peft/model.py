@@ -5,9 +5,10 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
-from peft.tuners.tuners_utils import BaseTuner
+from peft.config import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
     get_quantization_kwargs,
@@ -36,13 +37,13 @@ class LoraXSModel(BaseTuner):
 
     prefix = PREFIX
     tuner_layer_cls = LoraXSLayer
-    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    target_module_mapping = cast(dict[str, list[str]], TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING)
 
     # Injection --------------------------------------------------------------------------------------------------
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Inject the adapter, then compute the bases it needs."""
-        config = self.peft_config[adapter_name]
+        config = cast(LoraXSConfig, self.peft_config[adapter_name])
         self._policy = AdapterBasis(adapter_name, config.recipe(), config.basis_check, config.basis_tol)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         # A loaded configuration that keeps its basis brings it along with R.
@@ -51,23 +52,23 @@ class LoraXSModel(BaseTuner):
         if config.base_fingerprint is None:
             config.base_fingerprint = combined_fingerprint(self._policy.layers)
         # DistributedDataParallel would broadcast every buffer before every step; these never change.
-        model._ddp_params_and_buffers_to_ignore = sorted(
-            {*getattr(model, "_ddp_params_and_buffers_to_ignore", ()), *_frozen_buffer_names(model)}
-        )
+        ignored = {*getattr(model, "_ddp_params_and_buffers_to_ignore", ()), *_frozen_buffer_names(model)}
+        cast(Any, model)._ddp_params_and_buffers_to_ignore = sorted(ignored)
 
-    def _check_new_adapter_config(self, config: LoraXSConfig) -> None:
+    def _check_new_adapter_config(self, config: PeftConfig) -> None:
         super()._check_new_adapter_config(config)
+        recipe = cast(LoraXSConfig, config).recipe()
         for layer in _layers(self.model):
             for name, policy in layer.basis_policy.items():
-                if policy.recipe != config.recipe():
+                if isinstance(policy, AdapterBasis) and policy.recipe != recipe:
                     raise ValueError(
                         f"recipe: expected that of adapter {name!r}, {policy.recipe}, because all adapters of a model "
-                        f"share one basis, got {config.recipe()}"
+                        f"share one basis, got {recipe}"
                     )
 
     def _create_and_replace(
         self,
-        peft_config: LoraXSConfig,
+        peft_config: PeftConfig,
         adapter_name: str,
         target: nn.Module,
         target_name: str,
@@ -75,19 +76,21 @@ class LoraXSModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        ranks, alphas = peft_config.rank_pattern, peft_config.alpha_pattern
-        options = {
-            "r": ranks.get(get_pattern_key(list(ranks), current_key), peft_config.r),
-            "lora_alpha": alphas.get(get_pattern_key(list(alphas), current_key), peft_config.lora_alpha),
+        config = cast(LoraXSConfig, peft_config)
+        ranks, alphas = config.rank_pattern, config.alpha_pattern
+        options: dict[str, Any] = {
+            "r": ranks.get(get_pattern_key(list(ranks), current_key), config.r),
+            "lora_alpha": alphas.get(get_pattern_key(list(alphas), current_key), config.lora_alpha),
             "policy": self._policy,
-            "use_rslora": peft_config.use_rslora,
-            "dropout": peft_config.loraxs_dropout,
-            "init_weights": peft_config.init_weights,
-            "init_std": peft_config.init_std,
-            "init_seed": peft_config.init_seed,
-            "keep_basis": peft_config.save_basis,
-            "inference_mode": peft_config.inference_mode,
+            "use_rslora": config.use_rslora,
+            "dropout": config.loraxs_dropout,
+            "init_weights": config.init_weights,
+            "init_std": config.init_std,
+            "init_seed": config.init_seed,
+            "keep_basis": config.save_basis,
+            "inference_mode": config.inference_mode,
         }
+        layer: LoraXSLayer
         if isinstance(target, LoraXSLayer):
             layer = target
             layer.update_layer(adapter_name, **options)
@@ -119,7 +122,7 @@ class LoraXSModel(BaseTuner):
         with _one_merge_warning():
             super().merge_adapter(adapter_names, safe_merge)
 
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
         with _one_merge_warning():
             return super()._unload_and_optionally_merge(*args, **kwargs)
 
@@ -147,23 +150,30 @@ class LoraXSModel(BaseTuner):
 
     @classmethod
     def _get_adapter_state_dict(
-        cls, model: nn.Module, config: LoraXSConfig, adapter_name: str, *args: Any, **kwargs: Any
+        cls,
+        model: nn.Module,
+        config: PeftConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
+        # PEFT writes the configuration after this: the last moment to note which base the adapter belongs to.
         layers = [layer for layer in _layers(model) if adapter_name in layer.loraxs_R]
-        config.base_fingerprint = combined_fingerprint(layers) or config.base_fingerprint
-        return super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
+        saved = cast(LoraXSConfig, config)
+        saved.base_fingerprint = combined_fingerprint(layers) or saved.base_fingerprint
+        return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: LoraXSConfig, adapter_name: str, state_dict: dict[str, Tensor]
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         # Before a single tensor is loaded; a self-contained file brings its own basis instead.
         layers = {n: m for n, m in model.named_modules() if isinstance(m, LoraXSLayer) and adapter_name in m.loraxs_R}
-        if layers and not config.save_basis:
-            sketches = {m.key: remapped.get(f"{n}.loraxs_R.{adapter_name}.sketch") for n, m in layers.items()}
-            policy = next(iter(layers.values())).basis_policy[adapter_name]
-            policy.refuse_wrong_base({key: sketch for key, sketch in sketches.items() if sketch is not None})
+        if layers and not cast(LoraXSConfig, config).save_basis:
+            names = {m.key: f"{n}.loraxs_R.{adapter_name}.sketch" for n, m in layers.items()}
+            policy = cast(AdapterBasis, next(iter(layers.values())).basis_policy[adapter_name])
+            policy.refuse_wrong_base({key: remapped[name] for key, name in names.items() if name in remapped})
         return remapped
 
 
@@ -176,7 +186,7 @@ def _frozen_buffer_names(model: nn.Module) -> list[str]:
 
 
 def _check_supported(target: nn.Module, key: str, quantization: dict[str, Any]) -> None:
-    base = target.get_base_layer() if hasattr(target, "get_base_layer") else target
+    base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
     backend = resolve_quantization_backend(base, **quantization)
     if not (isinstance(base, (nn.Linear, Conv1D)) or (backend is not None and backend.layer_type == "linear")):
         raise TypeError(

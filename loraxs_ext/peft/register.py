@@ -21,7 +21,7 @@ PREFIX = "loraxs_"
 
 def _add_member(enum: type[PeftType], name: str) -> PeftType:
     """`enum.<name>` with the value `name`, appended to a str enum that is already closed."""
-    member = str.__new__(enum, name)
+    member: Any = str.__new__(enum, name)
     member._name_ = member._value_ = name
     member._sort_order_ = len(enum.__members__)
     member.__objclass__ = enum

@@ -94,7 +94,7 @@ def flip_signs(core: Tensor, signs: Tensor) -> Tensor:
 
 def record(layer: LoraXSLayer, adapter: str) -> None:
     """Note in the core that R now belongs to the basis the layer has."""
-    core = layer.loraxs_R[adapter]
+    core = layer.core(adapter)
     factors = current_factors(layer, core.rank)
     core.record(basis.sketch(factors, core.rank), factors.a, factors.bt)
 

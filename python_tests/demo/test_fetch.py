@@ -128,8 +128,9 @@ def test_pip_refuses_another_hash(tmp_path: Path) -> None:
             fetch.fetch(wrong, tmp_path / "bad")
 
 
-def test_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LORAXS_CACHE", "/somewhere")
-    assert fetch.cache_root() == Path("/somewhere")
-    monkeypatch.delenv("LORAXS_CACHE")
-    assert fetch.cache_root() == Path.home() / ".cache" / "loraxs_ext"
+def test_cache_folder_follows_the_environment(
+    tmp_path: Path, served: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LORAXS_CACHE", str(tmp_path / "here"))
+    served(wheel({"inner/a.txt": b"12345"}))
+    assert fetch.fetch(package(False, {"a.txt": 5})) == tmp_path / "here" / "packages" / "a-package-1.0"

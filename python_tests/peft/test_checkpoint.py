@@ -189,6 +189,34 @@ def _r_key(model) -> str:
     return f"base_model.model.{layers_of(model)[0].key}.loraxs_R.weight"
 
 
+def test_settling_at_the_first_forward_pass_is_exact_and_leaves_trainable_tensors(llama: Case, saved):
+    """Autocast would round the comparison, and tensors made in inference mode could never be trained with."""
+    path, expected = saved
+    model = llama.base()
+    model.load_adapter(str(path), is_trainable=True)
+    assert not any(layer.core("default").settled for layer in layers_of(model))
+    with torch.autocast("cpu", torch.bfloat16), torch.inference_mode(), warnings.catch_warnings():
+        warnings.filterwarnings("error", message="LoRA-XS")
+        model(**llama.inputs())
+    assert torch.equal(logits(model, llama.inputs()), expected)
+    train(model, llama)
+
+
+def test_hotswap_takes_over_the_scaling(llama: Case, tmp_path):
+    other = llama.model(lora_alpha=20, init_seed=3)
+    other.save_pretrained(tmp_path)
+    model = llama.model()
+    hotswap_adapter(model, str(tmp_path), "default", torch_device="cpu")
+    assert torch.equal(logits(model, llama.inputs()), logits(other, llama.inputs()))
+
+
+@pytest.mark.parametrize("change", [{"use_rslora": True}, {"sigma": "B"}, {"loraxs_dropout": 0.1}], ids=str)
+def test_hotswap_refuses_what_it_cannot_exchange(llama: Case, change, tmp_path):
+    llama.model(**change).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="Configs are incompatible"):
+        hotswap_adapter(llama.model(), str(tmp_path), "default", torch_device="cpu")
+
+
 # The file -----------------------------------------------------------------------------------------------------------
 
 

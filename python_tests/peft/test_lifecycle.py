@@ -128,6 +128,13 @@ def test_other_base_dtypes(case: Case, dtype, tmp_path):
     assert torch.equal(logits(loaded, case.inputs()), logits(model, case.inputs()))
 
 
+def test_model_cast_after_injection(case: Case):
+    model = case.model().to(torch.bfloat16)
+    exact = logits(case.model(), case.inputs())
+    same(logits(model, case.inputs()).float(), exact, 0.15)
+    assert torch.isfinite(logits(model.double(), case.inputs())).all()
+
+
 def test_bf16_autocast(case: Case):
     model = case.model()
     exact = logits(model, case.inputs())

@@ -35,10 +35,9 @@ def extend(old: Factors, W: Tensor, rank: int, recipe: Recipe, *, name: str = "W
     check_floating(W, name)
     check_rank(rank, W.shape, name)
     have = len(old.s)
-    if (old.bt.shape[1], old.a.shape[1]) != tuple(W.shape):
-        raise ValueError(
-            f"old belongs to a weight of shape {(old.bt.shape[1], old.a.shape[1])}, weight {name!r} has {tuple(W.shape)}"
-        )
+    shape = (old.bt.shape[1], old.a.shape[1])
+    if shape != tuple(W.shape):
+        raise ValueError(f"old belongs to a weight of shape {shape}, but weight {name!r} has shape {tuple(W.shape)}")
     if rank <= have:
         return Factors(old.a[:rank], old.bt[:rank], old.s[:rank], old.subspace_error)
     mirrored = recipe.sigma == "B"
@@ -63,6 +62,8 @@ def extend(old: Factors, W: Tensor, rank: int, recipe: Recipe, *, name: str = "W
         left, right = (image, fresh) if mirrored else (fresh, image)
         a, bt = place_sigma(left, right, s, recipe.sigma, exponents)
     warn_unconverged({name: found.convergence()[0]}, recipe.tol)
-    new = (a[0], bt[0], times_power_of_two(s, exponents)[0])
-    joined = [torch.cat([kept_rows, rows.to(kept_rows)]) for kept_rows, rows in zip(old[:3], new, strict=True)]
-    return Factors(*joined, max(old.subspace_error, found.convergence()[0].error))
+    grown = [
+        torch.cat([rows, fresh_rows[0].to(rows)])
+        for rows, fresh_rows in ((old.a, a), (old.bt, bt), (old.s, times_power_of_two(s, exponents)))
+    ]
+    return Factors(grown[0], grown[1], grown[2], max(old.subspace_error, found.convergence()[0].error))

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from .cache import BasisCache, Entry, cache_directory
 from .factors import Factors, place_sigma
-from .fingerprint import fingerprint
+from .fingerprints import fingerprint
 from .precision import check_floating, finite_peaks, full_precision, multiply_rows, scale_exponents, times_power_of_two
 from .recipe import Recipe
 from .solver import Convergence, check_rank, solve, warn_unconverged
@@ -58,7 +58,7 @@ def decompose(
     Raises:
         KeyError: `ranks` lacks a name.
         TypeError: a weight is not a floating-point tensor.
-        ValueError: a weight is not a matrix or contains NaN or Inf, or a rank is out of range; the message names the weight.
+        ValueError: a weight is not a matrix, or contains NaN or Inf, or a rank is out of range; it is named.
 
     Warns:
         RuntimeWarning: subspace errors above the tolerance, with numbers; cache files that had to be ignored.

@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+
+from loraxs_ext.basis import Recipe, decompose, decomposition, randomized_svd
+
+from .matrices import defect, gaussian, power_law, spiked, tied
+
+
+def model() -> dict[str, torch.Tensor]:
+    return {
+        "q": power_law(64, 64, 0.5).float(),
+        "up": power_law(128, 64, 0.5, seed=3).float(),
+        "k": power_law(64, 64, 0.3, seed=5).float(),
+        "down": power_law(64, 128, 0.5, seed=7).float(),
+        "large": spiked(530, 560).float(),
+    }
+
+
+@pytest.mark.parametrize("sigma", ["A", "sqrt", "B"])
+def test_placements(sigma: str) -> None:
+    weights = model()
+    found = decompose(weights, 6, Recipe(sigma=sigma), progress=False)
+    assert list(found) == list(weights)
+    for name, W in weights.items():
+        a, bt, s, error = found[name]
+        assert a.shape == (6, W.shape[1]) and bt.shape == (6, W.shape[0]) and bt.is_contiguous() and error <= 1e-3
+        assert float((s - torch.linalg.svdvals(W)[:6]).abs().max()) < 1e-5
+        if sigma == "A":
+            assert defect(bt.mT) < 1e-6
+            exact, given = bt.double() @ W.double(), a
+        elif sigma == "B":
+            assert defect(a.mT) < 1e-6
+            exact, given = a.double() @ W.double().mT, bt
+        else:
+            assert float((torch.linalg.vector_norm(bt, dim=1) - s.sqrt()).abs().max()) < 1e-5
+            exact, given = bt.double() @ W.double() / s.double()[:, None], a
+        assert float((given - exact).norm() / exact.norm()) < 1e-6
+        top = randomized_svd(W, 6)
+        assert float((bt.mT @ a - (top.U * top.S) @ top.Vh).abs().max()) < 1e-3
+
+
+def test_batches_and_ranks_change_no_bit_of_a_weight() -> None:
+    weights = model()
+    together = decompose(weights, {"q": 3, "up": 4, "k": 3, "down": 9, "large": 5}, progress=False)
+    for name in weights:
+        rank = len(together[name].s)
+        alone = decompose({name: weights[name]}, rank, progress=False)[name]
+        assert torch.equal(alone.a, together[name].a) and torch.equal(alone.bt, together[name].bt)
+
+
+def test_loaders_are_called_once_and_their_results_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decomposition, "_CHUNK_BYTES_CPU", 2 * 32 * 32 * 4)
+    alive: dict[int, weakref.ref[np.ndarray]] = {}
+    most = 0
+
+    def loader(i: int) -> Callable[[], torch.Tensor]:
+        def load() -> torch.Tensor:
+            nonlocal most
+            assert i not in alive
+            array = gaussian(32, 32, seed=i).numpy().copy()
+            # The array lives as long as any tensor that shares its memory.
+            alive[i] = weakref.ref(array)
+            most = max(most, sum(ref() is not None for ref in alive.values()))
+            return torch.from_numpy(array)
+
+        return load
+
+    found = decompose({str(i): loader(i) for i in range(10)}, 2, progress=False)
+    assert len(found) == len(alive) == 10 and most == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=["bf16", "fp16", "fp64"])
+def test_result_dtype_and_device(dtype: torch.dtype) -> None:
+    W = gaussian(40, 30)
+    found = decompose({"w": W}, 3, dtype=dtype, device="cpu", progress=False)["w"]
+    plain = decompose({"w": W}, 3, progress=False)["w"]
+    assert found.a.dtype == found.bt.dtype == dtype and plain.a.dtype == torch.float32
+    assert torch.equal(found.a, plain.a.to(dtype))
+    assert decompose({"w": W.to(dtype)}, 3, progress=False)["w"].a.dtype == (
+        torch.float64 if dtype == torch.float64 else torch.float32
+    )
+
+
+def test_extreme_scales() -> None:
+    W = gaussian(40, 30)
+    for sigma in ("A", "sqrt", "B"):
+        plain = decompose({"w": W}, 4, Recipe(sigma=sigma), progress=False)["w"]
+        for exponent in (-100, 100):
+            scaled = decompose({"w": W * 2.0**exponent}, 4, Recipe(sigma=sigma), progress=False)["w"]
+            product = (scaled.bt.double().mT @ scaled.a.double()) * 2.0**-exponent
+            assert float((product - plain.bt.double().mT @ plain.a.double()).abs().max()) < 1e-5
+
+
+def test_parameters_give_plain_factors() -> None:
+    found = decompose({"w": torch.nn.Parameter(gaussian(20, 30))}, 2, progress=False)["w"]
+    assert not found.a.requires_grad and not found.bt.requires_grad
+
+
+def test_bad_weights_are_named() -> None:
+    good = gaussian(20, 30)
+    bad = good.clone()
+    bad[3, 4] = torch.nan
+    with pytest.raises(ValueError, match="weight 'encoder.layer.0.query' contains NaN"):
+        decompose({"a": good, "encoder.layer.0.query": bad, "c": good}, 2, progress=False)
+    with pytest.raises(ValueError, match="weight 'b' contains Inf"):
+        decompose({"a": good, "b": torch.full((20, 30), torch.inf)}, 2, progress=False)
+    with pytest.raises(ValueError, match=r"rank of weight 'a'.*20.*got 21"):
+        decompose({"a": good}, 21, progress=False)
+    with pytest.raises(TypeError, match=r"weight 'a' must be fp32.*int8"):
+        decompose({"a": good.to(torch.int8)}, 2, progress=False)
+    with pytest.raises(ValueError, match=r"weight 'a' must be a matrix.*\(2, 20, 30\)"):
+        decompose({"a": torch.zeros(2, 20, 30)}, 2, progress=False)
+    with pytest.raises(KeyError, match="b"):
+        decompose({"a": good, "b": good}, {"a": 2}, progress=False)
+
+
+def test_unconverged_weights_are_warned_of_together() -> None:
+    with pytest.warns(RuntimeWarning, match="2 of 3 weights miss.*'(x|z)' most") as caught:
+        decompose({"x": tied(), "y": gaussian(60, 50), "z": tied().mT}, 25, progress=False)
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+
+
+def test_no_weights() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert decompose({}, 4, progress=False) == {}
+
+
+def test_progress_bar(capsys: pytest.CaptureFixture[str]) -> None:
+    decompose({"w": gaussian(20, 30)}, 2)
+    assert "basis" in capsys.readouterr().err
+    decompose({"w": gaussian(20, 30)}, 2, progress=False)
+    assert capsys.readouterr().err == ""

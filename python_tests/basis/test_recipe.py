@@ -1,0 +1,34 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from loraxs_ext.basis import Recipe
+
+
+def test_json_round_trip() -> None:
+    recipe = Recipe(sigma="sqrt", vectors="middle", svd="exact", n_oversamples=5, tol=1e-6, max_iter=7, seed=2**62)
+    assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
+    assert Recipe.from_dict({}) == Recipe()
+
+
+def test_recipes_are_values() -> None:
+    assert hash(Recipe()) == hash(Recipe()) and Recipe() != Recipe(seed=1)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"sigma": "C"}, "sigma must be one of"),
+        ({"svd": "randomized"}, "svd must be one of"),
+        ({"vectors": "left"}, "vectors must be one of"),
+        ({"tol": 1.0}, "tol must lie between 0 and 1, got 1.0"),
+        ({"seed": 2**63}, "seed must be in"),
+        ({"sketch_version": 2}, "sketch_version 2 cannot be computed"),
+        ({"rank": 4}, r"unknown fields \['rank'\]"),
+    ],
+)
+def test_bad_fields_are_named(fields: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Recipe.from_dict(fields)
