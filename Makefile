@@ -55,7 +55,7 @@ format: $(STATE)/extra-lint ## rewrite the sources in the house style
 
 clean: ## remove everything built and the demo's output, keep .venv and downloads
 	rm -rf build dist *.egg-info loraxs_ext/*.so demo_output .venv/state/package .pytest_cache .ruff_cache .mypy_cache
-	find loraxs_ext python_tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+	find . -path ./.venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean ## remove .venv too
 	rm -rf .venv

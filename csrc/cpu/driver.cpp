@@ -14,8 +14,9 @@ namespace {
 // A fork and join costs a few microseconds: about this many multiply-adds of one core.
 constexpr int64_t kInlineWork = 300'000;
 
-// From this many rows on, 16-row matrix tiles beat dot products (measured on Sapphire Rapids, r = 4 to 64).
-constexpr int64_t kWideRows = 16;
+// Where 16 x 32 matrix tiles beat dot products (Sapphire Rapids, widths 384 and 1024): part-filled tiles pay off for
+// large ranks only.
+constexpr bool wide_enough(int64_t M, int64_t r) { return M >= 16 || (M >= 8 && r >= 32); }
 
 // Rows are dealt out in whole tiles, columns in whole words of the dropout mask, ranks in whole register blocks.
 constexpr int64_t kRowGrain = 16, kColumnGrain = 64, kRankGrain = 16;
@@ -79,7 +80,7 @@ auto projector(const T* x, int64_t ldx, const T* a, acc_t<T>* p, int64_t M, int6
   const Dense<T>& k = table<T>();
   return [=, &k](int64_t m0, int64_t m1, int64_t i0, int64_t i1) {
     k.project({x + m0 * ldx, a + i0 * ldx, p + m0 * r + i0, ldx, ldx, r, m1 - m0, ldx, i1 - i0, acc_t<T>(alpha), dropout,
-               m0, M >= kWideRows});
+               m0, wide_enough(M, r)});
   };
 }
 
@@ -89,7 +90,7 @@ auto expander(const T* in, T* out, const acc_t<T>* q, const T* b, int64_t M, int
   const Dense<T>& k = table<T>();
   return [=, &k](int64_t m0, int64_t m1, int64_t n0, int64_t n1) {
     k.expand({in ? in + m0 * N + n0 : nullptr, out + m0 * N + n0, q + m0 * r, b + n0, N, r, N, m1 - m0, n1 - n0, r,
-              from_row(slots, m0), dropout, m0, n0, M >= kWideRows});
+              from_row(slots, m0), dropout, m0, n0, wide_enough(M, r)});
   };
 }
 

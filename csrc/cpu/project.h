@@ -83,11 +83,15 @@ void dot_block(const typename Dot<T>::Staged* x, int64_t ldx, const T* a, int64_
     }
     for (int m = 0; m < R; ++m) {
       acc_t<T>* out = p + m * ldp + i;
-      for (int j = 0; j < J; j += 4) {
-        acc_t<T> s[4];
-        V::sum4(sum[m][j], sum[m][j + 1], sum[m][j + 2], sum[m][j + 3], s);
-        for (int64_t c = 0; c < least(4, r - i - j); ++c)
-          out[j + c] = fresh ? alpha * s[c] : out[j + c] + alpha * s[c];
+      for (int j = 0; j < J && i + j < r; j += 4) {
+        const auto* four = sum[m] + j;
+        if (r - i - j >= 4) {
+          V::sum4(four[0], four[1], four[2], four[3], alpha, fresh, out + j);
+        } else {
+          acc_t<T> s[4];
+          V::sum4(four[0], four[1], four[2], four[3], alpha, true, s);
+          for (int64_t c = 0; c < r - i - j; ++c) out[j + c] = fresh ? s[c] : out[j + c] + s[c];
+        }
       }
     }
   }

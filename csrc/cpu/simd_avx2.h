@@ -48,9 +48,10 @@ struct Vec<float> {
     const __m256i on = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(int(bits)), lane), lane);
     return {_mm256_and_ps(v, _mm256_castsi256_ps(on))};
   }
-  static void sum4(Vec a, Vec b, Vec c, Vec d, float out[4]) {
+  static void sum4(Vec a, Vec b, Vec c, Vec d, float alpha, bool fresh, float out[4]) {
     const __m256 t = _mm256_hadd_ps(_mm256_hadd_ps(a.v, b.v), _mm256_hadd_ps(c.v, d.v));
-    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(t), _mm256_extractf128_ps(t, 1)));
+    const __m128 s = _mm_mul_ps(_mm_add_ps(_mm256_castps256_ps128(t), _mm256_extractf128_ps(t, 1)), _mm_set1_ps(alpha));
+    _mm_storeu_ps(out, fresh ? s : _mm_add_ps(_mm_loadu_ps(out), s));
   }
 
  private:

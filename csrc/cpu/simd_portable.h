@@ -125,9 +125,11 @@ struct Vec {
     for (int i = 0; i < lanes; ++i) r.v[i] = bits >> i & 1 ? v[i] : A(0);
     return r;
   }
-  static void sum4(const Vec& a, const Vec& b, const Vec& c, const Vec& d, A out[4]) {
-    out[0] = out[1] = out[2] = out[3] = 0;
-    for (int i = 0; i < lanes; ++i) out[0] += a.v[i], out[1] += b.v[i], out[2] += c.v[i], out[3] += d.v[i];
+  // out[i] = (fresh ? 0 : out[i]) + alpha * (sum of the lanes of the i-th vector)
+  static void sum4(const Vec& a, const Vec& b, const Vec& c, const Vec& d, A alpha, bool fresh, A out[4]) {
+    A s[4] = {};
+    for (int i = 0; i < lanes; ++i) s[0] += a.v[i], s[1] += b.v[i], s[2] += c.v[i], s[3] += d.v[i];
+    for (int i = 0; i < 4; ++i) out[i] = fresh ? alpha * s[i] : out[i] + alpha * s[i];
   }
 };
 

@@ -1,21 +1,13 @@
 // loraxs::linear: torch's own linear, then the low-rank part in place over its output.
 #include <torch/csrc/stable/ops.h>
 
-#include <array>
 #include <tuple>
 
+#include "glue/base.h"
 #include "glue/dispatch.h"
 
 namespace loraxs {
 namespace {
-
-// Exactly the base model's call, with the arguments as they came: a base row is then bit for bit what torch gives.
-Tensor base_linear(const Tensor& x, const Tensor& weight, const MaybeTensor& bias) {
-  using torch::stable::detail::from;
-  std::array<StableIValue, 3> stack{from(x), from(weight), from(bias)};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
-}
 
 std::tuple<Tensor, Tensor> linear(const Tensor& x, const Tensor& weight, const MaybeTensor& bias, const Tensor& a,
                                   const Tensor& b, const Tensor& pages, const MaybeTensor& slots, double scale,
@@ -32,7 +24,7 @@ std::tuple<Tensor, Tensor> linear(const Tensor& x, const Tensor& weight, const M
 
   const NoGrad no_grad;
   Tensor p = empty_cpu({g.M.size, g.r.size}, accumulate_dtype(g.dtype));
-  const Tensor y = dense(base_linear(x, weight, bias));
+  const Tensor y = base_linear(g, x, weight, bias);
   if (g.empty())
     torch::stable::zero_(p);
   else

@@ -3,6 +3,7 @@
 
 #include <tuple>
 
+#include "glue/base.h"
 #include "glue/dispatch.h"
 
 namespace loraxs {
@@ -24,7 +25,7 @@ std::tuple<Tensor, Tensor> linear_backward(const Tensor& dy, const MaybeTensor& 
 
   const NoGrad no_grad;
   Tensor dx = !need_dx ? empty_cpu({0}, g.dtype)
-              : weight ? dense(torch::stable::matmul(dy, *weight))
+              : weight ? base_backward(g, dy, *weight)
                        : empty_rows(dy, g.K.size, g.dtype);
   Tensor dpages = need_dpages ? empty_cpu({g.S.size, g.r.size, g.r.size}, g.pages_dtype) : empty_cpu({0}, g.pages_dtype);
   if (g.empty()) {

@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+# Singular values up to this many eps · σ_1 are what rounding left of zero.
+ZERO_LEVEL = 16.0
+
 
 def _suffix(values: Tensor, end: Tensor, scan: str) -> Tensor:
     """Sum or minimum over columns j > i of values [b, r, r] and the further column end [b, r], for i = 0…r−1."""
@@ -39,7 +42,9 @@ def cut_bounds(
     rank = chosen.shape[-1]
     nearest = _suffix(distance[..., :rank], distance[..., rank:].amin(-1), "min")
     among = torch.zeros_like(nearest) if among is None else among
-    residual = _suffix(among, outside, "sum")
+    # Even vectors without a residual are known no better than to rounding, so a gap of zero bounds nothing.
+    floor = torch.finfo(chosen.dtype).eps * others[..., :-1].amax(-1)[..., None, None]
+    residual = _suffix(among, outside, "sum").clamp_min(floor.square())
     before_cut = torch.ones(rank, rank, dtype=torch.bool, device=chosen.device).triu()
     share = torch.where(before_cut & (residual > 0), residual / nearest.square(), 0.0)
     return share.sum(-2).sqrt(), torch.where(before_cut, nearest, inf).amin(-2)

@@ -43,7 +43,7 @@ def decompose(
 
     Args:
         weights: by name, [N, K] tensors of fp32, fp64, bf16 or fp16, or functions that return one (for weights that are
-            dequantised or gathered on the way; each is called once, and only a chunk of results is held at a time).
+            dequantised or gathered on the way; each is called once, and few results of a shape are held at a time).
         ranks: by name, or one for all; between 1 and min(N, K).
         recipe: how the basis is chosen; the default recipe if None.
         cache_dir: directory of stored factors, "default" for $LORAXS_CACHE or ~/.cache/loraxs_ext, None for no cache.
@@ -74,8 +74,12 @@ def decompose(
         def finish(job: _Job, entry: Entry) -> None:
             measured[job.name] = Convergence(float(entry.errors[-1]), float(entry.gaps[-1]), int(entry.steps))
             place = job.weight.device if device is None else device
-            a, bt = (part.to(device=place, dtype=dtype) for part in (entry.a, entry.bt))
-            done[job.name] = Factors(a, bt, entry.s.to(place), measured[job.name].error)
+            # Copies, because the entry is a part of larger tensors that would be kept, and saved, with it.
+            a, bt, s = (
+                part.to(device=place, dtype=kind).clone(memory_format=torch.contiguous_format)
+                for part, kind in ((entry.a, dtype), (entry.bt, dtype), (entry.s, None))
+            )
+            done[job.name] = Factors(a, bt, s, measured[job.name].error)
             bar.update()
 
         def flush(group: list[_Job]) -> None:
@@ -84,7 +88,8 @@ def decompose(
                     cache.store(job.key, entry)
                 finish(job, entry)
 
-        for name, source in weights.items():
+        # A function of its own, so that no variable keeps a weight alive while the next one is loaded.
+        def take(name: str, source: Tensor | Callable[[], Tensor]) -> None:
             weight = (source if isinstance(source, Tensor) else source()).detach()
             check_floating(weight, name)
             if weight.ndim != 2:
@@ -92,18 +97,19 @@ def decompose(
             rank = ranks if isinstance(ranks, int) else ranks[name]
             check_rank(rank, weight.shape, name)
             exact_dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-            key = None if cache is None else fingerprint(weight)
-            job = _Job(name, weight, rank, key)
-            if cache is not None and key is not None:
-                entry = cache.load(key, (weight.shape[0], weight.shape[1]), exact_dtype, rank)
+            job = _Job(name, weight, rank, None if cache is None else fingerprint(weight))
+            if cache is not None and job.key is not None:
+                entry = cache.load(job.key, (weight.shape[0], weight.shape[1]), exact_dtype, rank)
                 if entry is not None:
-                    finish(job, entry)
-                    continue
-            group = waiting.setdefault((weight.shape, exact_dtype, weight.device, rank), [])
-            group.append(job)
+                    return finish(job, entry)
+            kind = (weight.shape, exact_dtype, weight.device, rank)
+            waiting.setdefault(kind, []).append(job)
             limit = _CHUNK_BYTES_CPU if weight.device.type == "cpu" else _CHUNK_BYTES_DEVICE
-            if len(group) * weight.numel() * exact_dtype.itemsize >= limit:
-                flush(waiting.pop((weight.shape, exact_dtype, weight.device, rank)))
+            if len(waiting[kind]) * weight.numel() * exact_dtype.itemsize >= limit:
+                flush(waiting.pop(kind))
+
+        for name, source in weights.items():
+            take(name, source)
         for group in waiting.values():
             flush(group)
     warn_unconverged(measured, recipe.tol)

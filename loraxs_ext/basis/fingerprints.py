@@ -1,8 +1,7 @@
 """A 64-bit hash of a weight: the same on every device and torch version, sensitive to order and to one ulp.
 
-Multilinear hashing in integers modulo 2^64 (Lemire and Kaser, "Strongly universal string hashing is fast", 2014):
-products with fixed odd factors within a chunk, mixed chunk by chunk with the position. Meant against mistakes, not
-against forgery.
+Two fp32 at a time become a 64-bit word, each word is mixed with an odd factor of its own, and the sums of chunks are
+mixed with their position, all in integers modulo 2^64. Meant against mistakes, not against forgery.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 _CHUNK = 2048
-# 256 KiB at a time stay in a CPU's second-level cache, where hashing is twice as fast; a device wants larger pieces.
+# 256 KiB a thread stay in a CPU's second-level cache, where hashing is twice as fast; a device wants larger pieces.
 _ROWS_CPU, _ROWS_DEVICE = 16, 8192
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -47,15 +46,23 @@ def _factors(device: torch.device) -> Tensor:
     return _stream(_CHUNK, 0, device) | 1
 
 
+def _scramble(words: Tensor, factors: Tensor) -> Tensor:
+    """Mix each word with its factor so that differences do not cancel in a sum.
+
+    A product carries differences upwards only, and a difference in the sign bits alone is the same for every factor:
+    hence a fold before and after. The first is not by 32 bits, or two signs of one word would hide each other.
+    """
+    return _fold(_fold(words, 29).mul_(factors), 32)
+
+
 def _hash_words(words: Tensor) -> int:
     """Hash of a flat int64 tensor."""
     factors = _factors(words.device)
     whole = words.numel() // _CHUNK * _CHUNK
-    step = _ROWS_CPU if words.device.type == "cpu" else _ROWS_DEVICE
-    # The fold carries the upper of two packed fp32 into the low bits: a factor moves bits only upwards.
-    sums = [(_fold(rows, 32).mul_(factors)).sum(1) for rows in words[:whole].view(-1, _CHUNK).split(step)]
+    step = _ROWS_CPU * torch.get_num_threads() if words.device.type == "cpu" else _ROWS_DEVICE
+    sums = [_scramble(rows, factors).sum(1) for rows in words[:whole].view(-1, _CHUNK).split(step)]
     if whole < words.numel():
-        sums.append((_fold(words[whole:], 32) * factors[: words.numel() - whole]).sum(0, keepdim=True))
+        sums.append(_scramble(words[whole:], factors[: words.numel() - whole]).sum(0, keepdim=True))
     chunks = torch.cat(sums)
     return int(_mix(chunks ^ _stream(len(chunks), _CHUNK, words.device)).sum()) & _MASK
 

@@ -17,13 +17,17 @@ _SAFE_EXPONENT = 24
 @contextlib.contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
     """Run products in their own precision whatever the process has switched on: TF32, bf16 passes, autocast, grad."""
-    before = torch.get_float32_matmul_precision()
+    # Backend by backend: torch.get_float32_matmul_precision raises once a process has used this newer interface.
+    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+    before = [backend.fp32_precision for backend in backends]
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
-        torch.set_float32_matmul_precision("highest")
         try:
+            for backend in backends:
+                backend.fp32_precision = "ieee"
             yield
         finally:
-            torch.set_float32_matmul_precision(before)
+            for backend, precision in zip(backends, before, strict=True):
+                backend.fp32_precision = precision
 
 
 def check_floating(weight: Tensor, name: str) -> None:

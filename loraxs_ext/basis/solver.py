@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from .angles import cut_bounds
+from .angles import ZERO_LEVEL, cut_bounds
 from .exact import Subspace, full_svd, gram_subspace
 from .lanczos import block_size, lanczos_subspace
 from .orthonormal import orthonormalize_rows
@@ -22,8 +22,6 @@ Method = Literal["auto", "block_lanczos", "exact"]
 # On a CPU a complete fp64 eigendecomposition costs less than iterating below this side, or for large rank fractions.
 _EXACT_SIDE = 512
 _EXACT_FRACTION = 8
-# Singular values below this many eps · σ_1 are what rounding left of zero.
-_ZERO = 16.0
 # Below this σ_i/σ_1 the fp64 Gram matrix has lost σ_i², and only a full SVD finds the vector.
 _GRAM_RESOLVES = 1e-6
 # Orthonormalising and rounding the vectors to the dtype turns them by this many eps.
@@ -199,7 +197,7 @@ def _completion(rows: Tensor) -> Tensor:
 
 
 def _zero_level(largest: Tensor, dtype: torch.dtype) -> Tensor:
-    return _ZERO * torch.finfo(dtype).eps * largest
+    return ZERO_LEVEL * torch.finfo(dtype).eps * largest
 
 
 def canonical_signs(left: Tensor) -> Tensor:

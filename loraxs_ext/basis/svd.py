@@ -125,7 +125,8 @@ def randomized_svd(
             return (SVD(*empty), measured) if diagnostics else SVD(*empty)
         names = ["W"] if not lead else [f"W[{i}]" for i in range(len(stack))]
         exponents = scale_exponents(finite_peaks(stack, names))
-        found = solve(times_power_of_two(stack.to(dtype), [-e for e in exponents]), rank, recipe, method)
+        stack = times_power_of_two(stack.to(dtype).contiguous(), [-e for e in exponents])
+        found = solve(stack, rank, recipe, method)
     warn_unconverged(dict(zip(names, found.convergence(), strict=True)), tol)
     result = SVD(
         found.left.mT.reshape(*lead, N, rank),

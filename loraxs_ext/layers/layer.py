@@ -78,14 +78,12 @@ class LoraXSLayer(nn.Module, BaseTunerLayer):
         self.unmerged_weight: list[nn.Parameter] = []
         self.unmerged_base: list[nn.Module] = []
 
-    # The two override points ------------------------------------------------------------------------------------
-
     def get_R(self, adapter: str) -> Tensor:
-        """R [r, r] of `adapter`, differentiable in what the adapter trains."""
-        return self.core(adapter).weight
+        """R [r, r] of `adapter`, differentiable in what the adapter trains. May be overridden."""
+        return self.loraxs_R[adapter].weight  # type: ignore[return-value]
 
     def get_basis(self, adapter: str) -> tuple[Tensor, Tensor]:
-        """a [r, K] and b [N, r] of `adapter`; b.mT is contiguous, which is what the ops are fast with."""
+        """a [r, K] and b [N, r] of `adapter`; b.mT is contiguous, for the ops. May be overridden."""
         a, bt, r = self.loraxs_A, self.loraxs_Bt, self.r[adapter]
         if a is None:
             raise RuntimeError(f"{self.key}: base_layer: expected weights to compute a basis from, got the meta device")
@@ -96,8 +94,6 @@ class LoraXSLayer(nn.Module, BaseTunerLayer):
     def core(self, adapter: str) -> CoreMatrix:
         """The module that owns R of `adapter`."""
         return cast(CoreMatrix, self.loraxs_R[adapter])
-
-    # Adapters ---------------------------------------------------------------------------------------------------
 
     def update_layer(
         self,
@@ -176,9 +172,12 @@ class LoraXSLayer(nn.Module, BaseTunerLayer):
         return dtype if dtype is not None and dtype.is_floating_point and dtype.itemsize > 1 else torch.float32
 
     def get_base_layer_device(self) -> torch.device:
-        """Where the base layer lives."""
-        device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
-        return device if device is not None else torch.device("cpu")
+        """Where the base layer computes: for one whose weights accelerate offloads, where they are brought to."""
+        base = self.get_base_layer()
+        device, _ = self._get_base_layer_device_and_dtype(base)
+        if device is not None and device.type == "meta" and hasattr(base, "_hf_hook"):
+            device = getattr(base._hf_hook, "execution_device", None) or device
+        return torch.device("cpu") if device is None else torch.device(device)
 
     def frozen_weight(self) -> Tensor:
         """W [N, K] of the base layer without any adapter, dequantised.
@@ -199,8 +198,6 @@ class LoraXSLayer(nn.Module, BaseTunerLayer):
                 f"CPU at its first forward pass in eval mode. Add and merge adapters before that."
             )
         return self.quantization_backend.get_base_weight(base)
-
-    # Scaling, with LoRA's meaning of the three methods ----------------------------------------------------------
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Scaling of `adapter` = `scale` times its initial scaling; an adapter this layer lacks is ignored."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from functools import reduce
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
@@ -51,31 +51,39 @@ class LoraXSLinear(LoraXSLayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """y [..., N] for x [..., K]; further arguments go to the base layer."""
-        if self.disable_adapters:
-            if self.merged:
+        # Attributes of modules are looked up slowly, and a decoder asks hundreds of layers for every token.
+        base = self.base_layer
+        if self._disable_adapters:
+            if self.merged_adapters:
                 self.unmerge()
-            return self.base_layer(x, *args, **kwargs)
-        if self.merged:
-            return self.base_layer(x, *args, **kwargs)
+                base = self.base_layer
+            return base(x, *args, **kwargs)
+        if self.merged_adapters:
+            return base(x, *args, **kwargs)
         paths = self._active_paths() if self.route is None else self._routed_path(x, self.route)
-        if paths and not args and not kwargs and _is_fusable(self.base_layer, x, paths[0].a.dtype):
-            base = cast(nn.Linear, self.base_layer)
-            first, *paths = paths
-            rng = _draw_rng(x) if first.p_drop else None
-            y = ops.linear(x, base.weight, base.bias, *first[:5], p_drop=first.p_drop, rng=rng)
+        if paths and type(base) is nn.Linear and not (args or kwargs):
+            weight = base.weight
+            if _is_fusable(base, weight, x, paths[0].a.dtype):
+                first, *paths = paths
+                rng = _draw_rng(x) if first.p_drop else None
+                y = ops.linear(x, weight, base.bias, *first[:5], p_drop=first.p_drop, rng=rng)
+            else:
+                y = base(x)
         else:
-            y = self.base_layer(x, *args, **kwargs)
+            y = base(x, *args, **kwargs)
         for path in paths:
             y = _add(y, x, path)
         return y
 
     def _active_paths(self) -> list[LowRankPath]:
         """One path per dropout probability among the active adapters, hence nearly always one."""
+        cores, dropouts = self.loraxs_R, self.loraxs_dropout
         by_p: dict[float, list[str]] = {}
         for adapter in self.active_adapters:
-            if adapter in self.loraxs_R:
-                self.settle(adapter)
-                dropout = self.loraxs_dropout[adapter]
+            if adapter in cores:
+                if not cores[adapter].settled:
+                    self.settle(adapter)
+                dropout = dropouts[adapter]
                 p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
                 by_p.setdefault(p, []).append(adapter)
         return [self._sum_path(adapters, p) for p, adapters in by_p.items()]
@@ -85,7 +93,7 @@ class LoraXSLinear(LoraXSLayer):
         if len(adapters) == 1:
             (adapter,) = adapters
             a, b = self.get_basis(adapter)
-            return LowRankPath(a, b, self.get_R(adapter)[None], None, self.scaling[adapter], p_drop)
+            return LowRankPath(a, b, self.get_R(adapter).unsqueeze(0), None, self.scaling[adapter], p_drop)
         widest = adapters[0]
         for adapter in adapters:
             if self.r[adapter] > self.r[widest]:
@@ -97,8 +105,6 @@ class LoraXSLinear(LoraXSLayer):
         if route.pages is None:
             return []
         return [LowRankPath(*self.get_basis(route.adapter), route.pages, route.per_token(x))]
-
-    # Merging ----------------------------------------------------------------------------------------------------
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """ΔW = s·B R A in the layout of the base weight, in fp32 (fp64 for an fp64 base)."""
@@ -177,15 +183,15 @@ class LoraXSLinear(LoraXSLayer):
         return "loraxs." + super().__repr__()
 
 
-def _is_fusable(base: nn.Module, x: Tensor, dtype: torch.dtype) -> bool:
+def _is_fusable(base: nn.Linear, weight: Tensor, x: Tensor, dtype: torch.dtype) -> bool:
     """Whether calling `base` means x Wᵀ + bias and nothing else, in the dtype of the basis."""
-    if type(base) is not nn.Linear or type(base.weight) is not nn.Parameter or "forward" in base.__dict__:
+    if type(weight) is not nn.Parameter or "forward" in base.__dict__:
         return False
     if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks:
         return False
-    if base.weight.requires_grad and torch.is_grad_enabled():
+    if weight.requires_grad and torch.is_grad_enabled():
         return False
-    return base.weight.dtype == dtype and (x.dtype == dtype or torch.is_autocast_enabled(x.device.type))
+    return weight.dtype == dtype and (x.dtype == dtype or torch.is_autocast_enabled(x.device.type))
 
 
 def _add(y: Tensor, x: Tensor, path: LowRankPath) -> Tensor:

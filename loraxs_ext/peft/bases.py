@@ -98,7 +98,6 @@ class AdapterBasis:
         if core.stored_basis is None or any(layer.core(name).settled for name in layer.loraxs_R):
             return
         layer.set_basis(*core.stored_basis)
-        layer.base_fingerprint = None
 
     def _rebased(self, layer: LoraXSLayer) -> tuple[Tensor, float]:
         """R of the adapter on the layer's basis, and how much is lost by that."""
@@ -145,15 +144,21 @@ def compute_bases(layers: Sequence[LoraXSLayer], ranks: Mapping[str, int], recip
         owner.set_basis(factors[key].a, factors[key].bt)
         for layer in group:
             layer.loraxs_A, layer.loraxs_Bt = owner.loraxs_A, owner.loraxs_Bt
-            layer.base_fingerprint = owner.base_fingerprint
 
 
 def combined_fingerprint(layers: Iterable[LoraXSLayer]) -> str | None:
-    """64 bits of the weights of all `layers` in hex; None while the fingerprint of one is not known."""
-    parts = sorted((layer.key, layer.base_fingerprint) for layer in layers)
-    if not parts or any(fingerprint is None for _, fingerprint in parts):
-        return None
-    return hashlib.blake2b(repr(parts).encode(), digest_size=8).hexdigest()
+    """64 bits of the weights of all `layers` in hex; None if there are none, or one waits on the meta device.
+
+    Each layer is hashed once, when it is first asked for: loading and serving never need it.
+    """
+    parts = []
+    for layer in sorted(layers, key=lambda layer: layer.key):
+        if layer.base_fingerprint is None:
+            if layer.get_base_layer_device().type == "meta":
+                return None
+            layer.base_fingerprint = basis.fingerprint(_load_weight(layer))
+        parts.append((layer.key, layer.base_fingerprint))
+    return hashlib.blake2b(repr(parts).encode(), digest_size=8).hexdigest() if parts else None
 
 
 def _weight_id(layer: LoraXSLayer) -> int:
@@ -162,9 +167,10 @@ def _weight_id(layer: LoraXSLayer) -> int:
 
 
 def _load_weight(layer: LoraXSLayer) -> Tensor:
-    """W [N, K] from wherever offloading or sharding keeps it. The layer notes the fingerprint on the way."""
+    """W [N, K] from wherever offloading or sharding keeps it."""
     with onload_layer(layer), gather_params_ctx(list(layer.get_base_layer().parameters())):
         weight = layer.frozen_weight().detach()
-    if layer.base_fingerprint is None:
+    if layer.quantization_backend is not None and layer.base_fingerprint is None:
+        # While it can be read: some quantised weights are repacked when they are first used.
         layer.base_fingerprint = basis.fingerprint(weight)
     return weight

@@ -36,7 +36,8 @@ class LoraXSConfig(PeftConfig):
         modules_to_save: other modules to train and save completely.
         trainable_token_indices: rows of the input embedding to train.
         layers_to_transform, layers_pattern: restrict `target_modules` to layers by index.
-        fan_in_fan_out: accepted for compatibility; the layout follows from the type of the layer.
+        fan_in_fan_out: accepted for compatibility; the layout follows from the type of the layer, and a warning says
+            so where the two disagree.
 
         init_weights: True for R ~ N(0, init_std²) (the reference), "zeros" for an exact no-op, False for a random
             adapter that clearly changes the model, for tests.

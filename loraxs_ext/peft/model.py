@@ -16,6 +16,7 @@ from peft.utils import (
 )
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from loraxs_ext.layers import LoraXSLayer, LoraXSLinear, MergeLossWarning
@@ -39,18 +40,20 @@ class LoraXSModel(BaseTuner):
     tuner_layer_cls = LoraXSLayer
     target_module_mapping = cast(dict[str, list[str]], TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING)
 
-    # Injection --------------------------------------------------------------------------------------------------
-
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Inject the adapter, then compute the bases it needs."""
         config = cast(LoraXSConfig, self.peft_config[adapter_name])
         self._policy = AdapterBasis(adapter_name, config.recipe(), config.basis_check, config.basis_tol)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        if config.fan_in_fan_out and not all(layer.fan_in_fan_out for layer in self._policy.layers):
+            warnings.warn(
+                "fan_in_fan_out: expected False for torch.nn.Linear layers, got True; the layout of each layer's own "
+                "type is used.",
+                stacklevel=2,
+            )
         # A loaded configuration that keeps its basis brings it along with R.
         if not (config.save_basis and config.base_fingerprint):
             self._policy.settle()
-        if config.base_fingerprint is None:
-            config.base_fingerprint = combined_fingerprint(self._policy.layers)
         # DistributedDataParallel would broadcast every buffer before every step; these never change.
         ignored = {*getattr(model, "_ddp_params_and_buffers_to_ignore", ()), *_frozen_buffer_names(model)}
         cast(Any, model)._ddp_params_and_buffers_to_ignore = sorted(ignored)
@@ -100,10 +103,9 @@ class LoraXSModel(BaseTuner):
             layer = LoraXSLinear(target, current_key, adapter_name, quantization, **options)
             if adapter_name not in self.active_adapters:
                 layer.requires_grad_(False)
-            self._replace_module(parent, target_name, layer, target)
+            # Not _replace_module: it would move R to the device of the weight, which is "meta" for an offloaded one.
+            setattr(parent, target_name, layer)
         self._policy.layers.add(layer)
-
-    # Mixed batches ----------------------------------------------------------------------------------------------
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -114,8 +116,6 @@ class LoraXSModel(BaseTuner):
             return
         with mixed_batch(self.model, names, args, kwargs):
             yield
-
-    # Merging and combining --------------------------------------------------------------------------------------
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merge into the base weights, keeping them; see `LoraXSLinear.merge`."""
@@ -146,8 +146,6 @@ class LoraXSModel(BaseTuner):
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
         return [f"base_model.model.{name}" for name in _frozen_buffer_names(self.model)]
 
-    # State dict -------------------------------------------------------------------------------------------------
-
     @classmethod
     def _get_adapter_state_dict(
         cls,
@@ -157,10 +155,12 @@ class LoraXSModel(BaseTuner):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        # PEFT writes the configuration after this: the last moment to note which base the adapter belongs to.
-        layers = [layer for layer in _layers(model) if adapter_name in layer.loraxs_R]
+        # PEFT writes the configuration after this: the last moment to note which base the adapter belongs to. A loaded
+        # adapter with a basis of its own belongs to the base it came from.
         saved = cast(LoraXSConfig, config)
-        saved.base_fingerprint = combined_fingerprint(layers) or saved.base_fingerprint
+        if not (saved.save_basis and saved.base_fingerprint):
+            layers = [layer for layer in _layers(model) if adapter_name in layer.loraxs_R]
+            saved.base_fingerprint = combined_fingerprint(layers) or saved.base_fingerprint
         return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
 
     @classmethod
@@ -187,6 +187,11 @@ def _frozen_buffer_names(model: nn.Module) -> list[str]:
 
 def _check_supported(target: nn.Module, key: str, quantization: dict[str, Any]) -> None:
     base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+    if isinstance(base, NonDynamicallyQuantizableLinear):
+        raise TypeError(
+            f"target_modules: {key}: expected a layer that is called, got the output projection of "
+            f"torch.nn.MultiheadAttention, which reads its weight only; name it in exclude_modules"
+        )
     backend = resolve_quantization_backend(base, **quantization)
     if not (isinstance(base, (nn.Linear, Conv1D)) or (backend is not None and backend.layer_type == "linear")):
         raise TypeError(

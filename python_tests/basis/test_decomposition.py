@@ -3,6 +3,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -96,6 +97,14 @@ def test_extreme_scales() -> None:
             scaled = decompose({"w": W * 2.0**exponent}, 4, Recipe(sigma=sigma), progress=False)["w"]
             product = (scaled.bt.double().mT @ scaled.a.double()) * 2.0**-exponent
             assert float((product - plain.bt.double().mT @ plain.a.double()).abs().max()) < 1e-5
+
+
+def test_factors_own_their_memory(tmp_path: Path) -> None:
+    weights = {str(i): gaussian(30, 20, seed=i) for i in range(4)}
+    for rank in (5, 3, 3):
+        for factors in decompose(weights, rank, cache_dir=tmp_path, progress=False).values():
+            for part in factors[:3]:
+                assert part.untyped_storage().nbytes() == part.numel() * part.element_size()
 
 
 def test_parameters_give_plain_factors() -> None:

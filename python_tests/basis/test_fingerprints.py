@@ -20,8 +20,8 @@ def changed(index: tuple[int, int], value: float) -> torch.Tensor:
 
 def test_known_value() -> None:
     """The hash is part of files: it must be the same on every platform and for ever."""
-    assert fingerprint(torch.arange(5000, dtype=torch.float32).reshape(50, 100)) == "19241d8208b3bef4"
-    assert fingerprint(torch.zeros(0, 3)) == "3a0067f96c873fd0"
+    assert fingerprint(torch.arange(5000, dtype=torch.float32).reshape(50, 100)) == "691647013efe3827"
+    assert fingerprint(torch.zeros(0, 3)) == "b76a2cc8eeb676cb"
 
 
 def test_layout_and_exact_dtype_do_not_matter() -> None:
@@ -58,23 +58,17 @@ def test_one_ulp_is_seen(index: tuple[int, int]) -> None:
 
 
 def test_order_signs_and_shape_are_seen() -> None:
-    seen = {
-        fingerprint(W),
-        fingerprint(W.mT),
-        fingerprint(W.reshape(77, 131)),
-        fingerprint(W.flatten()),
-        fingerprint(-W),
-    }
-    seen |= {fingerprint(W[torch.arange(131).roll(1)]), fingerprint(W[None])}
+    others = (W, -W, W.abs(), W.mT, W.reshape(77, 131), W.flatten(), W[None], W[torch.arange(131).roll(1)])
+    seen = {fingerprint(other) for other in others}
     for i, j in ((0, 1), (0, 2), (1, 3), (4096, 0), (5000, 9000)):
         swapped = W.flatten().clone()
         swapped[i], swapped[j] = W.flatten()[j], W.flatten()[i]
         seen.add(fingerprint(swapped.view(131, 77)))
-        # Flipped sign bits of two words would cancel in a hash that moves bits only upwards.
+        # Flipped sign bits would cancel in a hash that moves bits only upwards.
         flipped = W.flatten().clone()
         flipped[[i, j]] *= -1
         seen.add(fingerprint(flipped.view(131, 77)))
-    assert len(seen) == 17
+    assert len(seen) == 18
 
 
 def test_integers_are_refused() -> None:

@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
-from loraxs_ext.layers import LoraXSLinear
+from loraxs_ext.layers import LoraXSLinear, routed
 
 from .helpers import K, N, add, base_weight, dense_delta, expected_output, make_layer
 
@@ -227,6 +227,32 @@ def test_merged_is_unmerged_and_comes_back_bit_by_bit(base, dtype):
 
 def _bias(layer: LoraXSLinear) -> torch.Tensor:
     return torch.zeros(N) if layer.bias is None else layer.bias.double()
+
+
+class Doubled(LoraXSLinear):
+    """A relative of LoRA-XS with another R and another basis."""
+
+    def get_R(self, adapter: str) -> torch.Tensor:
+        """2 R."""
+        return 2 * super().get_R(adapter)
+
+    def get_basis(self, adapter: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """3 A and B."""
+        a, b = super().get_basis(adapter)
+        return 3 * a, b
+
+
+def test_r_and_basis_may_be_overridden():
+    layer = make_layer()
+    x = torch.randn(4, K)
+    base = layer.base_layer(x)
+    expected = base + 6 * (layer(x) - base)
+    layer.__class__ = Doubled
+    torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-4)
+    with routed([layer], ["default"] * 4):
+        torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-4)
+    layer.merge()
+    torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_merging_leaves_a_shared_weight_alone():

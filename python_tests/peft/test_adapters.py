@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, convert_to_lora, get_peft_model, set_peft_model_state_dict
+
+from loraxs_ext.peft import LoraXSConfig
 
 from .models import CASES, Case, layers_of, logits, train
 
@@ -201,6 +203,13 @@ def test_modules_that_cannot_be_adapted_are_named(llama: Case):
         llama.model(target_modules=["embed_tokens"])
 
 
+def test_attention_that_bypasses_its_projection_is_refused():
+    model = torch.nn.ModuleDict({"attention": torch.nn.MultiheadAttention(8, 2), "head": torch.nn.Linear(8, 8)})
+    with pytest.raises(TypeError, match="attention.out_proj: expected a layer that is called"):
+        get_peft_model(model, LoraXSConfig(r=2, target_modules=["out_proj"]))
+    assert len(layers_of(get_peft_model(model, LoraXSConfig(r=2, target_modules=["head"])))) == 1
+
+
 @pytest.mark.parametrize(
     "options, count",
     [
@@ -213,6 +222,20 @@ def test_modules_that_cannot_be_adapted_are_named(llama: Case):
 )
 def test_targets(llama: Case, options, count):
     assert len(layers_of(llama.model(**options))) == count
+
+
+def test_layout_follows_from_the_type_of_the_layer(llama: Case):
+    with pytest.warns(UserWarning, match="fan_in_fan_out: expected False"):
+        model = llama.model(fan_in_fan_out=True)
+    same(logits(model, llama.inputs()), logits(llama.model(), llama.inputs()))
+
+
+def test_peft_converts_it_to_lora(case: Case):
+    model = case.model(task_type=None)
+    config, tensors = convert_to_lora(model, rank=4)
+    lora = get_peft_model(case.base(), config)
+    set_peft_model_state_dict(lora, tensors)
+    same(logits(lora.eval(), case.inputs()), logits(model, case.inputs()), 1e-3)
 
 
 def test_trainable_tokens(llama: Case, tmp_path):

@@ -53,7 +53,7 @@ def flipped(monkeypatch) -> None:
     monkeypatch.setattr(bases.basis, "decompose", decompose_flipped)
 
 
-# Every way a file gets into a model ---------------------------------------------------------------------------------
+# Every way a file gets into a model
 
 
 def by_peft(case, base, path):
@@ -217,7 +217,7 @@ def test_hotswap_refuses_what_it_cannot_exchange(llama: Case, change, tmp_path):
         hotswap_adapter(llama.model(), str(tmp_path), "default", torch_device="cpu")
 
 
-# The file -----------------------------------------------------------------------------------------------------------
+# The file
 
 
 def test_file_holds_r_and_sketches_only(case: Case, tmp_path):
@@ -233,13 +233,15 @@ def test_file_holds_r_and_sketches_only(case: Case, tmp_path):
     assert size - header - head == modules * (4 * 25 + 4 * 5 * 5) <= modules * (4 * 25 + 6 * 4 * 5)
 
 
-def test_config_is_plain_json_with_recipe_and_fingerprint(llama: Case, saved):
+def test_config_is_plain_json_with_recipe_and_fingerprint(llama: Case, saved, tmp_path):
     config = json.loads((saved[0] / "adapter_config.json").read_text())
     assert config["peft_type"] == "LORAXS" and config["sigma"] == "A" and config["svd_tol"] == 1e-3
     assert int(config["base_fingerprint"], 16) < 2**64 and len(config["base_fingerprint"]) == 16
-    other = llama.model(seed=1)
-    assert other.peft_config["default"].base_fingerprint != config["base_fingerprint"]
-    assert llama.model().peft_config["default"].base_fingerprint == config["base_fingerprint"]
+    same, other = llama.model(init_seed=5), llama.model(seed=1)
+    same.merge_adapter()
+    for model, expected in ((same, True), (other, False)):
+        model.save_pretrained(tmp_path / "again")
+        assert (model.peft_config["default"].base_fingerprint == config["base_fingerprint"]) == expected
 
 
 def test_saving_again_gives_the_same_file(llama: Case, saved, tmp_path):
@@ -271,7 +273,7 @@ def test_fresh_process_gives_the_same_logits(name, tmp_path):
     torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), logits(model, case.inputs()), rtol=0, atol=1e-6)
 
 
-# Self-contained files -----------------------------------------------------------------------------------------------
+# Self-contained files
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from peft import PeftModel, get_peft_model
 from peft.utils.hotswap import hotswap_adapter
 from torch.nn.parallel import DistributedDataParallel
@@ -150,6 +151,19 @@ def test_ddp_leaves_the_basis_alone(llama: Case, one_process):
         warnings.simplefilter("ignore")
         wrapped(**llama.inputs(), labels=llama.labels()).loss.backward()
     assert all(layer.loraxs_R["default"].weight.grad.any() for layer in layers_of(model))
+
+
+def test_base_that_is_offloaded(case: Case):
+    base = case.base()
+    cpu_offload(base, execution_device=torch.device("cpu"))
+    assert all(p.device.type == "meta" for p in base.parameters())
+    model = get_peft_model(base, case.config(task_type=None)).eval()
+    expected = logits(case.model(task_type=None), case.inputs())
+    torch.testing.assert_close(logits(model, case.inputs()), expected, rtol=1e-5, atol=1e-5)
+    model.merge_adapter()
+    torch.testing.assert_close(logits(model, case.inputs()), expected, rtol=1e-4, atol=1e-4)
+    model.unmerge_adapter()
+    torch.testing.assert_close(logits(model, case.inputs()), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_base_that_arrives_later(llama: Case):

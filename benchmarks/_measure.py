@@ -1,0 +1,113 @@
+"""How every benchmark here measures: providers alternate in one run, medians with spread, results with device and commit."""
+
+from __future__ import annotations
+
+import json
+import platform
+import random
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).parents[1]
+RESULTS = Path(__file__).parent / "results"
+
+# Calls of one provider in a row are timed together until they fill this, so that the clock's own cost does not count.
+SLICE_SECONDS = 2e-4
+MIN_ROUNDS = 7
+
+
+def alternate(providers: Mapping[str, Callable[[], Any]], seconds: float) -> dict[str, list[float]]:
+    """Seconds per call of every provider, one sample a round, all providers in each round.
+
+    Machines drift and share cores: a ratio is taken within a round, where both sides met the same conditions. Every round
+    shuffles the order, so that nobody always runs behind the same neighbour, in caches that it left cold or warm.
+
+    Args:
+        providers: what to time, by name.
+        seconds: time to spend on all of them together; `MIN_ROUNDS` rounds run in any case.
+    """
+    names = list(providers)
+    inner = {}
+    for name in names:
+        providers[name]()
+        start = time.perf_counter()
+        providers[name]()
+        inner[name] = max(1, min(100, int(SLICE_SECONDS / max(time.perf_counter() - start, 1e-7))))
+    samples: dict[str, list[float]] = {name: [] for name in names}
+    end = time.perf_counter() + seconds
+    order = random.Random(0)
+    while len(samples[names[0]]) < MIN_ROUNDS or time.perf_counter() < end:
+        for name in order.sample(names, len(names)):
+            call, repeat = providers[name], inner[name]
+            start = time.perf_counter()
+            for _ in range(repeat):
+                call()
+            samples[name].append((time.perf_counter() - start) / repeat)
+    return samples
+
+
+def ratio(samples: Mapping[str, list[float]], name: str, base: str) -> float:
+    """Median over rounds of the time of `name` over that of `base`."""
+    return statistics.median(t / b for t, b in zip(samples[name], samples[base], strict=True))
+
+
+def summary(values: list[float]) -> dict[str, float]:
+    """Median, 10th and 90th percentile in microseconds."""
+    ordered = sorted(values)
+    last = len(ordered) - 1
+    return {
+        "median_us": statistics.median(ordered) * 1e6,
+        "p10_us": ordered[round(0.1 * last)] * 1e6,
+        "p90_us": ordered[round(0.9 * last)] * 1e6,
+        "samples": len(ordered),
+    }
+
+
+def environment() -> dict[str, Any]:
+    """What a reader needs to place a figure: device, threads, versions, instruction set, commit."""
+    import peft
+
+    import loraxs_ext
+    import loraxs_ext.ops  # noqa: F401  (loads the compiled ops that _C reports on)
+    from loraxs_ext import _C
+
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    dirty = subprocess.run(["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True)
+    return {
+        "device": _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "isa": _C.cpu_isa(),
+        "torch": torch.__version__,
+        "peft": peft.__version__,
+        "loraxs_ext": loraxs_ext.__version__,
+        "compiler": _C.build_info()["compiler"],
+        "python": platform.python_version(),
+        "commit": commit.stdout.strip() if commit.returncode == 0 else None,
+        "uncommitted_changes": bool(dirty.stdout.strip()),
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def write_results(name: str, rows: list[dict[str, Any]], **more: Any) -> Path:
+    """benchmarks/results/<name>.json with the environment and one entry per measured cell."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    partial = path.with_suffix(".json.partial")
+    partial.write_text(json.dumps({"environment": environment(), **more, "rows": rows}, indent=1) + "\n")
+    partial.replace(path)
+    return path

@@ -1,0 +1,234 @@
+"""`loraxs::linear` on the CPU against torch's linear, three plain matmuls and PEFT's LoRA.
+
+    python -m benchmarks.linear            full grid, under ten minutes on two cores
+    python -m benchmarks.linear --quick    the corners of the grid, half a minute
+
+Every cell is checked against fp64 first, then all providers alternate; ratios are to `F.linear` in the same round.
+Weights rotate through several sets, so that a cell does not run out of a cache that a model would not fit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks._measure import alternate, ratio, summary, write_results
+from loraxs_ext import ops
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+WIDTHS = (384, 1024, 4096)
+TOKENS = (1, 8, 64, 512)
+RANKS = (4, 16, 64)
+SCALE = 0.5
+
+# Rotating weights should outgrow a core's L2 cache many times, without filling the machine's memory.
+ROTATE_BYTES = 128 << 20
+ROTATE_SETS = 8
+
+
+class Cell(NamedTuple):
+    """One point of the grid: square layers of this width, M tokens, rank r."""
+
+    dtype: str
+    width: int
+    M: int
+    r: int
+    backward: bool
+
+    def __str__(self) -> str:
+        return f"{self.dtype}-{self.width}-M{self.M}-r{self.r}-{'fwd+bwd' if self.backward else 'fwd'}"
+
+
+@dataclass
+class Layer:
+    """One set of frozen weights, as each provider wants it."""
+
+    weight: Tensor
+    a: Tensor
+    b: Tensor
+    peft: nn.Module
+
+
+@dataclass
+class Inputs:
+    x: Tensor
+    dy: Tensor
+    pages: Tensor  # [M, r, r]: page 0 is the single adapter, all of them the mixed batch
+    slots: Tensor
+
+
+def make_layer(width: int, r: int, dtype: torch.dtype) -> Layer:
+    from peft import LoraConfig
+    from peft.tuners.lora import Linear
+
+    weight = (torch.randn(width, width) / width**0.5).to(dtype)
+    linear = nn.Linear(width, width, bias=False, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    lora = Linear(linear, "default", config=LoraConfig(r=r, lora_alpha=2 * r, init_lora_weights="gaussian"), r=r)
+    return Layer(
+        weight=weight,
+        a=(torch.randn(r, width) / width**0.5).to(dtype),
+        b=(torch.randn(r, width) / r**0.5).to(dtype).mT,
+        peft=lora.to(dtype),
+    )
+
+
+def make_inputs(cell: Cell) -> Inputs:
+    dtype = DTYPES[cell.dtype]
+    return Inputs(
+        x=torch.randn(cell.M, cell.width).to(dtype),
+        dy=torch.randn(cell.M, cell.width).to(dtype),
+        pages=torch.randn(cell.M, cell.r, cell.r).to(dtype),
+        slots=torch.arange(cell.M, dtype=torch.int32),
+    )
+
+
+def naive(x: Tensor, layer: Layer, pages: Tensor) -> Tensor:
+    """LoRA-XS as a user writes it: three matmuls and a sum."""
+    return F.linear(x, layer.weight) + SCALE * F.linear(F.linear(F.linear(x, layer.a), pages[0]), layer.b)
+
+
+def fused(x: Tensor, layer: Layer, pages: Tensor) -> Tensor:
+    return ops.linear(x, layer.weight, None, layer.a, layer.b, pages, None, SCALE)
+
+
+def mixed(x: Tensor, layer: Layer, pages: Tensor, slots: Tensor) -> Tensor:
+    return ops.linear(x, layer.weight, None, layer.a, layer.b, pages, slots, SCALE)
+
+
+def check(cell: Cell, layer: Layer, inputs: Inputs) -> None:
+    """Error against fp64 at most twice the naive error, for y and both gradients; raises AssertionError otherwise."""
+
+    def run(f: Callable[..., Tensor], dtype: torch.dtype) -> list[Tensor]:
+        cast = Layer(layer.weight.to(dtype), layer.a.to(dtype), layer.b.mT.to(dtype).mT, layer.peft)
+        x = inputs.x.to(dtype).requires_grad_(cell.backward)
+        pages = inputs.pages[:1].to(dtype).requires_grad_(cell.backward)
+        y = f(x, cast, pages)
+        if not cell.backward:
+            return [y]
+        return [y.detach(), *torch.autograd.grad(y, (x, pages), inputs.dy.to(dtype))]
+
+    exact, plain, ours = run(naive, torch.float64), run(naive, inputs.x.dtype), run(fused, inputs.x.dtype)
+    for name, e, p, o in zip(("y", "dx", "dpages"), exact, plain, ours, strict=False):
+        limit = 2 * float((p - e).norm() / e.norm()) + torch.finfo(torch.float32).eps
+        got = float((o - e).norm() / e.norm())
+        assert got <= limit, f"{cell}: {name}: error {got:.2e} exceeds twice the naive error {limit:.2e}"
+    with torch.no_grad():
+        rows = mixed(inputs.x, layer, inputs.pages, inputs.slots)
+        alone = torch.cat([fused(inputs.x[i : i + 1], layer, inputs.pages[i : i + 1]) for i in range(min(cell.M, 4))])
+        gap = float((rows[: len(alone)].double() - alone.double()).norm() / alone.double().norm())
+        assert gap < 4 * torch.finfo(inputs.x.dtype).eps, (
+            f"{cell}: a mixed batch differs from its rows alone by {gap:.2e}"
+        )
+
+
+def providers(cell: Cell, layers: list[Layer], inputs: Inputs) -> dict[str, Callable[[], Any]]:
+    """Every provider as a call without arguments that moves on to the next set of weights."""
+
+    def rotating(f: Callable[[Tensor, Layer], Tensor], *trained: Callable[[Layer], Tensor]) -> Callable[[], Any]:
+        turn = itertools.cycle(layers)
+        if not cell.backward:
+
+            def forward() -> Tensor:
+                return f(inputs.x, next(turn))
+
+            return torch.no_grad()(forward)
+
+        x = inputs.x.clone().requires_grad_()
+
+        def forward_backward() -> Any:
+            layer = next(turn)
+            y = f(x, layer)
+            return torch.autograd.grad(y, (x, *(t(layer) for t in trained)), inputs.dy)
+
+        return forward_backward
+
+    one = inputs.pages[:1].clone().requires_grad_(cell.backward)
+    many = inputs.pages.clone().requires_grad_(cell.backward)
+    return {
+        "F.linear": rotating(lambda x, layer: F.linear(x, layer.weight)),
+        "naive": rotating(lambda x, layer: naive(x, layer, one), lambda _: one),
+        "peft lora": rotating(
+            lambda x, layer: layer.peft(x),
+            lambda layer: layer.peft.lora_A["default"].weight,
+            lambda layer: layer.peft.lora_B["default"].weight,
+        ),
+        "loraxs": rotating(lambda x, layer: fused(x, layer, one), lambda _: one),
+        "loraxs mixed": rotating(lambda x, layer: mixed(x, layer, many, inputs.slots), lambda _: many),
+    }
+
+
+def make_layers(cell: Cell) -> list[Layer]:
+    dtype = DTYPES[cell.dtype]
+    sets = min(ROTATE_SETS, max(2, ROTATE_BYTES // (cell.width**2 * dtype.itemsize)))
+    return [make_layer(cell.width, cell.r, dtype) for _ in range(sets)]
+
+
+def measure(cell: Cell, layers: list[Layer], seconds: float) -> dict[str, Any]:
+    """Check one cell, time it, and return its row."""
+    inputs = make_inputs(cell)
+    check(cell, layers[0], inputs)
+    samples = alternate(providers(cell, layers, inputs), seconds)
+    row: dict[str, Any] = dict(cell._asdict(), times={name: summary(t) for name, t in samples.items()})
+    row["ratio"] = {name: ratio(samples, name, "F.linear") for name in samples if name != "F.linear"}
+    row["loraxs_over_naive"] = ratio(samples, "loraxs", "naive")
+    row["mixed_over_single"] = ratio(samples, "loraxs mixed", "loraxs")
+    return row
+
+
+HEADER = f"{'cell':32} {'F.linear us (p10-p90)':>26} {'naive':>7} {'peft':>7} {'loraxs':>7} {'mixed':>7} {'mixed/single':>13}"
+
+
+def line(row: dict[str, Any]) -> str:
+    cell = Cell(*(row[f] for f in Cell._fields))
+    base, r = row["times"]["F.linear"], row["ratio"]
+    spread = f"{base['median_us']:.1f} ({base['p10_us']:.1f}-{base['p90_us']:.1f})"
+    flags = " slower than naive" if row["loraxs_over_naive"] > 1 else ""
+    return (
+        f"{cell!s:32} {spread:>26} {r['naive']:7.2f} {r['peft lora']:7.2f} {r['loraxs']:7.2f} {r['loraxs mixed']:7.2f} "
+        f"{row['mixed_over_single']:13.2f}{flags}"
+    )
+
+
+def grid(quick: bool) -> list[tuple[str, int, int]]:
+    """(dtype, width, r): the cells that share weights."""
+    widths, ranks = ((384, 1024), (16,)) if quick else (WIDTHS, RANKS)
+    return list(itertools.product(DTYPES, widths, ranks))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="widths 384 and 1024, rank 16, short runs")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="torch threads")
+    parser.add_argument("--seconds", type=float, help="time per cell; default 1.5, or 0.5 with --quick")
+    parser.add_argument("--output", help="name of the results file; default linear-cpu, nothing with --quick")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    seconds = args.seconds or (0.5 if args.quick else 1.5)
+    print(f"{torch.get_num_threads()} threads; times of F.linear in us, the rest as ratios to it\n{HEADER}")
+    rows = []
+    for dtype, width, r in grid(args.quick):
+        layers = make_layers(Cell(dtype, width, 1, r, False))
+        for backward, M in itertools.product((False, True), TOKENS):
+            rows.append(measure(Cell(dtype, width, M, r, backward), layers, seconds))
+            print(line(rows[-1]), flush=True)
+    slower = [row for row in rows if row["loraxs_over_naive"] > 1]
+    mixed_cost = sorted(row["mixed_over_single"] for row in rows)
+    print(
+        f"\nslower than naive in {len(slower)} of {len(rows)} cells; mixed/single median {mixed_cost[len(rows) // 2]:.3f}"
+    )
+    output = args.output or (None if args.quick else "linear-cpu")
+    if output:
+        print(f"written to {write_results(output, rows, seconds_per_cell=seconds)}")
+
+
+if __name__ == "__main__":
+    main()
