@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -107,7 +109,7 @@ def add_delta_(
     return y
 
 
-def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
+def _autocast(*tensors: Any) -> list[Any]:
     """Cast to autocast's dtype as torch does for `F.linear`: everything but fp64. Pages keep their own dtype."""
     device = next(t.device.type for t in tensors if t is not None)
     dtype = torch.get_autocast_dtype(device)

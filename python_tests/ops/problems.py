@@ -47,7 +47,8 @@ class Problem:
 
     def backward_args(self, p: Tensor) -> tuple:
         return (
-            self.dy, self.weight, self.a, self.b, self.pages, self.slots, p, self.scale, self.p_drop, self.rng, True, True,
+            self.dy, self.weight, self.a, self.b, self.pages, self.slots, p, self.scale, self.p_drop, self.rng,
+            True, True,
         )  # fmt: skip
 
     def to(self, dtype: torch.dtype, pages_dtype: torch.dtype | None = None) -> Problem:
