@@ -43,10 +43,10 @@ def frame(n: int, k: int, generator: torch.Generator) -> Tensor:
 
 
 def spectrum(count: int, generator: torch.Generator) -> Tensor:
-    """(i + jitter)^−α with α in [0.2, 0.4], raised at the top by decaying spikes: gaps from 1e-4 to 2e-2 at i = 25."""
+    """(i + jitter)^−α with α in [0.2, 0.4], raised at the top by decaying spikes: relative gaps of about 1e-2 at 25."""
     alpha, height = (torch.rand(2, generator=generator) * torch.tensor([0.2, 4.0]) + torch.tensor([0.2, 1.0])).tolist()
     index = torch.arange(1, count + 1) + (torch.rand(count, generator=generator) - 0.5) * 0.9
-    return (index**-alpha * (1 + height * torch.exp(-index / 6))).sort(descending=True).values
+    return (index**-alpha * (1 + height * torch.exp(-index / 3))).sort(descending=True).values
 
 
 def layers(count: int) -> list[dict[str, Tensor]]:

@@ -90,14 +90,6 @@ bool rotate_run(const Rotate<A, P>& g, int64_t m, int64_t count, const P* page) 
   return true;
 }
 
-// Fetch a page that the next row will need while this one computes: pages of a mixed batch come from anywhere.
-template <class P>
-void prefetch_page(const P* page, int64_t r) {
-  constexpr int64_t kLine = 64, kMost = 16 << 10;
-  const char* bytes = reinterpret_cast<const char*>(page);
-  for (int64_t i = 0; i < least(r * r * int64_t(sizeof(P)), kMost); i += kLine) __builtin_prefetch(bytes + i);
-}
-
 // From this many rows on, a run beats row by row (Sapphire Rapids, r = 4 to 64).
 constexpr int64_t kRun = 8;
 
@@ -107,7 +99,6 @@ void rotate(const Rotate<A, P>& g) {
     const int64_t slot = g.slots ? g.slots[m] : 0;
     for (end = g.slots ? m + 1 : g.M; end < g.M && g.slots[end] == slot;) ++end;
     const P* page = g.pages + slot * g.r * g.r;
-    if (end < g.M && g.slots[end] >= 0) prefetch_page(g.pages + g.slots[end] * g.r * g.r, g.r);
     if (slot < 0)
       for (int64_t i = m * g.r; i < end * g.r; ++i) g.q[i] = 0;
     else if (end - m < kRun || !rotate_run(g, m, end - m, page))

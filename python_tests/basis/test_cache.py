@@ -216,6 +216,8 @@ def write_repeatedly(weights: dict[str, torch.Tensor], directory: Path, rank: in
     sums.put((rank, [float(factors.a.double().sum()) for factors in found.values()]))
 
 
+# Python 3.12 warns of every fork beside torch's threads; the children here run one thread only.
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_concurrent_processes(tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork")
     weights = {str(i): gaussian(50, 40, seed=i) for i in range(12)}

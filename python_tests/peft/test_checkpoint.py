@@ -253,24 +253,29 @@ def test_saving_again_gives_the_same_file(llama: Case, saved, tmp_path):
 
 SCRIPT = """
 import sys
+from pathlib import Path
 import torch
 from peft import PeftModel
 import loraxs_ext.peft
 from python_tests.peft.models import CASES, logits
-case = CASES[sys.argv[1]]
-torch.save(logits(PeftModel.from_pretrained(case.base(), sys.argv[2]), case.inputs()), sys.argv[3])
+for name, case in CASES.items():
+    path = Path(sys.argv[1]) / name
+    torch.save(logits(PeftModel.from_pretrained(case.base(), path), case.inputs()), path / "logits.pt")
 """
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_fresh_process_gives_the_same_logits(name, tmp_path):
-    case = CASES[name]
-    model = case.model()
-    train(model, case)
-    model.save_pretrained(tmp_path)
-    arguments = [sys.executable, "-W", "ignore", "-c", SCRIPT, name, str(tmp_path), str(tmp_path / "logits.pt")]
+def test_fresh_process_gives_the_same_logits(tmp_path, monkeypatch):
+    expected = {}
+    for name, case in CASES.items():
+        model = case.model()
+        train(model, case)
+        model.save_pretrained(tmp_path / name)
+        expected[name] = logits(model, case.inputs())
+    monkeypatch.setenv("LORAXS_CACHE", str(tmp_path / "another cache"))
+    arguments = [sys.executable, "-W", "ignore", "-c", SCRIPT, str(tmp_path)]
     subprocess.run(arguments, check=True, cwd=REPOSITORY, capture_output=True)
-    torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), logits(model, case.inputs()), rtol=0, atol=1e-6)
+    for name in CASES:
+        torch.testing.assert_close(torch.load(tmp_path / name / "logits.pt"), expected[name], rtol=0, atol=1e-6)
 
 
 # Self-contained files
