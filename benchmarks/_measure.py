@@ -1,4 +1,4 @@
-"""How every benchmark here measures: providers alternate in one run, medians with spread, results with device and commit."""
+"""How every benchmark here measures: providers alternate in one run, medians with spread, device and commit."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ MIN_ROUNDS = 7
 def alternate(providers: Mapping[str, Callable[[], Any]], seconds: float) -> dict[str, list[float]]:
     """Seconds per call of every provider, one sample a round, all providers in each round.
 
-    Machines drift and share cores: a ratio is taken within a round, where both sides met the same conditions. Every round
-    shuffles the order, so that nobody always runs behind the same neighbour, in caches that it left cold or warm.
+    Machines drift and share cores: a ratio is taken within a round, where both sides met the same conditions. Every
+    round shuffles the order, so that nobody always runs in the caches that the same neighbour left.
 
     Args:
         providers: what to time, by name.

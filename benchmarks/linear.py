@@ -183,7 +183,8 @@ def measure(cell: Cell, layers: list[Layer], seconds: float) -> dict[str, Any]:
     return row
 
 
-HEADER = f"{'cell':32} {'F.linear us (p10-p90)':>26} {'naive':>7} {'peft':>7} {'loraxs':>7} {'mixed':>7} {'mixed/single':>13}"
+COLUMNS = ("naive", "peft", "loraxs", "mixed", "mixed/single")
+HEADER = f"{'cell':32} {'F.linear us (p10-p90)':>26}" + "".join(f" {name:>{max(7, len(name))}}" for name in COLUMNS)
 
 
 def line(row: dict[str, Any]) -> str:
@@ -193,7 +194,7 @@ def line(row: dict[str, Any]) -> str:
     flags = " slower than naive" if row["loraxs_over_naive"] > 1 else ""
     return (
         f"{cell!s:32} {spread:>26} {r['naive']:7.2f} {r['peft lora']:7.2f} {r['loraxs']:7.2f} {r['loraxs mixed']:7.2f} "
-        f"{row['mixed_over_single']:13.2f}{flags}"
+        f"{row['mixed_over_single']:12.2f}{flags}"
     )
 
 
@@ -223,7 +224,8 @@ def main() -> None:
     slower = [row for row in rows if row["loraxs_over_naive"] > 1]
     mixed_cost = sorted(row["mixed_over_single"] for row in rows)
     print(
-        f"\nslower than naive in {len(slower)} of {len(rows)} cells; mixed/single median {mixed_cost[len(rows) // 2]:.3f}"
+        f"\nslower than naive in {len(slower)} of {len(rows)} cells; "
+        f"mixed/single median {mixed_cost[len(rows) // 2]:.3f}"
     )
     output = args.output or (None if args.quick else "linear-cpu")
     if output:

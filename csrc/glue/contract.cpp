@@ -105,11 +105,16 @@ void Problem::pages(const Tensor& t) {
   if (pages_dtype != ScalarType::Float) expect_dtype(op, "pages", t, dtype, " or torch.float32");
 }
 
-const int32_t* Problem::slots(const MaybeTensor& t) {
-  if (!t) return nullptr;
+MaybeTensor Problem::device_slots(const MaybeTensor& t) {
+  if (!t) return std::nullopt;
   shape("slots", *t, {&M});
   expect_dtype(op, "slots", *t, ScalarType::Int, "");
-  slots_ = dense(*t);
+  return dense(*t);
+}
+
+const int32_t* Problem::slots(const MaybeTensor& t) {
+  slots_ = device_slots(t);
+  if (!slots_) return nullptr;
   const auto* s = static_cast<const int32_t*>(slots_->const_data_ptr());
   int32_t low = 0, high = -1;
   for (int64_t m = 0; m < M.size; ++m) low = std::min(low, s[m]), high = std::max(high, s[m]);
@@ -118,22 +123,35 @@ const int32_t* Problem::slots(const MaybeTensor& t) {
   return s;
 }
 
-void Problem::dropout(double p_drop, const MaybeTensor& rng) {
+MaybeTensor Problem::device_dropout(double p_drop, const MaybeTensor& rng) {
   if (!(p_drop >= 0 && p_drop < 1)) fail(op, "p_drop", "a probability in [0, 1)", std::to_string(p_drop));
   if (rng) {
     Dim two{"2", 2};
     shape("rng", *rng, {&two});
     expect_dtype(op, "rng", *rng, ScalarType::Long, "");
   }
-  if (p_drop == 0) return;
+  if (p_drop == 0) return std::nullopt;
   if (!rng) fail(op, "rng", "int64 [2] = (seed, offset) because p_drop is " + std::to_string(p_drop), "None");
-  const Tensor words = dense(*rng);
-  const auto* v = static_cast<const uint64_t*>(words.const_data_ptr());
   keep_scale = 1 / (1 - p_drop);
   const double threshold = std::min(std::nearbyint(p_drop * 0x1p32), 0x1p32 - 1);
-  if (threshold == 0) return;  // below the resolution of 32 bits: everything is kept
+  if (threshold == 0) return std::nullopt;  // below the resolution of 32 bits: everything is kept
+  dropout_.cutoff = uint32_t(threshold) - 1;
+  return dense(*rng);
+}
+
+void Problem::dropout(double p_drop, const MaybeTensor& rng) {
+  const MaybeTensor words = device_dropout(p_drop, rng);
+  if (!words) return;
+  const auto* v = static_cast<const uint64_t*>(words->const_data_ptr());
   masked_ = true;
-  dropout_ = {{uint32_t(v[0]), uint32_t(v[0] >> 32)}, {uint32_t(v[1]), uint32_t(v[1] >> 32)}, uint32_t(threshold) - 1};
+  dropout_ = {{uint32_t(v[0]), uint32_t(v[0] >> 32)}, {uint32_t(v[1]), uint32_t(v[1] >> 32)}, dropout_.cutoff};
+}
+
+void Problem::on_device(int32_t device, std::initializer_list<std::pair<const char*, const Tensor*>> tensors) const {
+  for (const auto& [name, t] : tensors)
+    if (t != nullptr && !(t->is_cuda() && t->get_device_index() == device))
+      fail(op, name, "device cuda:" + std::to_string(device),
+           t->is_cuda() ? "cuda:" + std::to_string(t->get_device_index()) : "another device");
 }
 
 void Problem::saved_p(const Tensor& t) {

@@ -8,6 +8,7 @@
 #include <initializer_list>
 #include <optional>
 #include <string>
+#include <utility>
 
 #include "kernels/philox.h"
 
@@ -39,10 +40,16 @@ class Problem {
   // Contiguous slots, every value checked on the CPU; null when absent.
   const int32_t* slots(const MaybeTensor& t);
   void dropout(double p_drop, const MaybeTensor& rng);
+  // The same two without reading device memory: contiguous tensors, absent where there is nothing to read.
+  MaybeTensor device_slots(const MaybeTensor& t);
+  MaybeTensor device_dropout(double p_drop, const MaybeTensor& rng);
+  // Every tensor that is given lies on this CUDA device.
+  void on_device(int32_t device, std::initializer_list<std::pair<const char*, const Tensor*>> tensors) const;
   void saved_p(const Tensor& t);
 
   bool empty() const { return M.size == 0 || K.size == 0 || N.size == 0; }
   const Dropout* mask() const { return masked_ ? &dropout_ : nullptr; }
+  uint32_t cutoff() const { return dropout_.cutoff; }
 
   const char* op;
   Dim M{"M"}, K{"K"}, N{"N"}, r{"r"}, S{"S"};

@@ -49,6 +49,8 @@ class LoraXSLayer(nn.Module, BaseTunerLayer):
         "basis_policy",
     )
     base_layer: nn.Module
+    loraxs_A: Tensor | None
+    loraxs_Bt: Tensor | None
     in_features: int
     out_features: int
     route: Route | None = None
@@ -84,12 +86,19 @@ class LoraXSLayer(nn.Module, BaseTunerLayer):
 
     def get_basis(self, adapter: str) -> tuple[Tensor, Tensor]:
         """a [r, K] and b [N, r] of `adapter`; b.mT is contiguous, for the ops. May be overridden."""
-        a, bt, r = self.loraxs_A, self.loraxs_Bt, self.r[adapter]
-        if a is None:
-            raise RuntimeError(f"{self.key}: base_layer: expected weights to compute a basis from, got the meta device")
-        if a.shape[0] != r:
-            a, bt = a[:r], bt[:r]
+        a, bt = self.basis_rows(self.r[adapter])
         return a, bt.mT
+
+    def basis_rows(self, r: int) -> tuple[Tensor, Tensor]:
+        """The first r rows: a [r, K] and bt [r, N].
+
+        Raises:
+            RuntimeError: there is no basis, because the base layer has no weights yet.
+        """
+        a, bt = self.loraxs_A, self.loraxs_Bt
+        if a is None or bt is None:
+            raise RuntimeError(f"{self.key}: base_layer: expected weights to compute a basis from, got the meta device")
+        return (a, bt) if a.shape[0] == r else (a[:r], bt[:r])
 
     def core(self, adapter: str) -> CoreMatrix:
         """The module that owns R of `adapter`."""
@@ -135,6 +144,12 @@ class LoraXSLayer(nn.Module, BaseTunerLayer):
         self.loraxs_R[adapter] = CoreMatrix(weight, shape)
         self._move_adapter_to_device_of_base_layer(adapter)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove the adapter, and with the last one the basis: the next may be made by another recipe."""
+        super().delete_adapter(adapter_name)
+        if not self.loraxs_R:
+            self.loraxs_A = self.loraxs_Bt = None
 
     def settle(self, adapter: str) -> None:
         """Make sure that R of `adapter` stands on the basis it was trained on; free once that is known."""

@@ -128,9 +128,10 @@ class LoraXSLinear(LoraXSLayer):
         adapters = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.loraxs_R]
         if not adapters:
             return
-        delta = reduce(torch.add, (self._low_rank_weight(name) for name in [*self.merged_adapters, *adapters]))
         frozen = self.frozen_weight()
-        merged = (frozen.to(delta.dtype) + delta.to(frozen.device)).to(frozen.dtype)
+        deltas = (self._low_rank_weight(name).to(frozen.device) for name in [*self.merged_adapters, *adapters])
+        delta = reduce(torch.add, deltas)
+        merged = (frozen.to(delta.dtype) + delta).to(frozen.dtype)
         if safe_merge and not torch.isfinite(merged).all():
             raise ValueError(f"NaNs detected in the merged weights. The adapter {adapters} seems to be broken")
         self._replace_weight(merged.mT.contiguous() if self.fan_in_fan_out else merged)

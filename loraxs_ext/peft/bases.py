@@ -22,7 +22,7 @@ from .config import BasisCheck
 from .verify import Mismatch, current_factors, flip_signs, measure, record, report, transport
 
 
-@dataclass
+@dataclass(eq=False)
 class AdapterBasis:
     """The bases of one adapter in the layers of one model, which all hold the same object; a `layers.BasisPolicy`.
 

@@ -29,7 +29,7 @@ class Mismatch(NamedTuple):
 
 def current_factors(layer: LoraXSLayer, rank: int) -> Factors:
     """The first `rank` rows of the layer's basis. |a_k|·|b_k| is the singular value wherever the recipe put it."""
-    a, bt = layer.loraxs_A[:rank], layer.loraxs_Bt[:rank]
+    a, bt = layer.basis_rows(rank)
     dtype = torch.float64 if a.dtype == torch.float64 else torch.float32
     s = a.to(dtype).norm(dim=1) * bt.to(dtype).norm(dim=1)
     return Factors(a, bt, s, 0.0)

@@ -150,6 +150,15 @@ def test_adapters_of_one_model_share_the_recipe(llama: Case, change):
     model.add_adapter("other", llama.config())
 
 
+def test_the_last_adapter_takes_the_basis_along(llama: Case):
+    model = llama.model()
+    model.delete_adapter("default")
+    assert not any(layer.basis_rank for layer in layers_of(model))
+    model.add_adapter("default", llama.config(sigma="B", vectors="bottom"))
+    model.set_adapter("default")
+    same(logits(model, llama.inputs()), logits(llama.model(sigma="B", vectors="bottom"), llama.inputs()), 1e-6)
+
+
 @pytest.mark.parametrize("sigma", ["A", "sqrt", "B"])
 @pytest.mark.parametrize("vectors", ["top", "middle", "bottom", "random"])
 def test_recipes(llama: Case, sigma, vectors, tmp_path):

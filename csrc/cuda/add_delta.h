@@ -1,0 +1,28 @@
+// Launcher of the CUDA add_delta: raw pointers and a stream, so that neither side sees the other's headers.
+#pragma once
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+namespace loraxs::cuda {
+
+enum class Dtype { f32, bf16, f16, f64 };
+
+constexpr int kMaxAddDeltaRank = 384;
+
+struct AddDeltaArgs {
+  void* y;
+  const void *x, *a, *bt, *pages;
+  const int32_t* slots;
+  const int64_t* rng;
+  uint32_t cutoff;
+  int64_t M, K, N, S;
+  int r;
+  double scale, keep_scale;
+  Dtype dtype, pages_dtype;
+};
+
+// Shapes and meanings as in kernels/add_delta.cuh; r <= kMaxAddDeltaRank.
+cudaError_t add_delta(const AddDeltaArgs& args, cudaStream_t stream);
+
+}  // namespace loraxs::cuda

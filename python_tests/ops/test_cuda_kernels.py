@@ -1,0 +1,80 @@
+"""The source of the CUDA kernels, run on the CPU by the shim of csrc/testing: the arithmetic, not the speed."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from loraxs_ext.ops import reference
+from loraxs_ext.ops.philox import drop_threshold
+
+from .problems import DTYPES, Problem, assert_within_twice, make
+
+CSRC = Path(__file__).parents[2] / "csrc"
+COMPILER = shutil.which("g++")
+# The shim's fibers switch stacks behind the back of -fsanitize=address; undefined behaviour it can watch.
+FLAGS = ["-std=c++20", "-O1", "-g", "-fPIC", "-shared", "-fsanitize=undefined", "-fno-sanitize-recover=all"]
+
+# (M, K, N, r, S): part of a token tile, several of them, widths that are no multiple of four, ranks over one pass.
+SHAPES = {
+    "one token": (1, 32, 24, 4, 2),
+    "rank 1, odd widths": (3, 17, 5, 1, 3),
+    "two tiles": (13, 130, 300, 16, 4),
+    "rank 21": (8, 64, 33, 21, 2),
+}
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory) -> ctypes.CDLL:
+    if COMPILER is None:
+        pytest.skip("g++ is not installed")
+    library = tmp_path_factory.mktemp("simt") / "add_delta.so"
+    source = CSRC / "testing" / "add_delta_simt.cpp"
+    subprocess.run([COMPILER, *FLAGS, f"-I{CSRC}", str(source), "-o", str(library)], check=True)
+    return ctypes.CDLL(str(library))
+
+
+def run(kernels: ctypes.CDLL, name: str, p: Problem, y: Tensor) -> Tensor:
+    """add_delta by the kernel, on a copy of y."""
+    out, bt = y.clone(), p.b.mT.contiguous()
+    M, K = p.x.shape
+    sizes = torch.tensor([M, K, y.shape[1], p.a.shape[0], p.pages.shape[0]])
+    pointers = [t.data_ptr() if t is not None else None for t in (out, p.x, p.a, bt, p.pages, p.slots, p.rng)]
+    getattr(kernels, name)(
+        *(ctypes.c_void_p(pointer) for pointer in pointers),
+        ctypes.c_uint32(drop_threshold(p.p_drop) - 1 if p.p_drop else 0),
+        ctypes.c_void_p(sizes.data_ptr()),
+        ctypes.c_double(p.scale),
+        ctypes.c_double(1 / (1 - p.p_drop)),
+    )
+    return out
+
+
+@pytest.mark.parametrize("p_drop", [0.0, 0.3])
+@pytest.mark.parametrize("slots", [None, "mixed", "skewed"])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp64"])
+def test_add_delta_within_twice_plain_torch(kernels, dtype, shape, slots, p_drop):
+    problem = make(SHAPES[shape], DTYPES[dtype], slots=slots, p_drop=p_drop)
+    exact = problem.to(torch.float64)
+    expected, _ = reference.add_delta(exact.dy, exact.x, *exact.low_rank_args())
+    plain, _ = reference.add_delta(problem.dy, problem.x, *problem.low_rank_args())
+    got = run(kernels, f"add_delta_{dtype}", problem, problem.dy)
+    assert_within_twice(got, plain, expected, "y")
+    if problem.slots is not None:
+        base = problem.slots < 0
+        assert torch.equal(got[base], problem.dy[base])
+
+
+def test_add_delta_takes_pages_in_fp32(kernels):
+    problem = make(SHAPES["two tiles"], torch.float32, slots="mixed").to(torch.bfloat16, torch.float32)
+    exact = problem.to(torch.float64)
+    expected, _ = reference.add_delta(exact.dy, exact.x, *exact.low_rank_args())
+    plain, _ = reference.add_delta(problem.dy, problem.x, *problem.low_rank_args())
+    assert_within_twice(run(kernels, "add_delta_bf16_fp32_pages", problem, problem.dy), plain, expected, "y")
