@@ -25,7 +25,8 @@ F* op_symbol(const char* name) {
   const std::string library = here.substr(0, here.find_last_of('/') + 1) + "_ops.so";
   void* handle = dlopen(library.c_str(), RTLD_LAZY | RTLD_NOLOAD);
   void* symbol = handle ? dlsym(handle, name) : nullptr;
-  if (symbol == nullptr) throw std::runtime_error("loraxs_ext._C: the compiled ops are not loaded; import loraxs_ext.ops first");
+  if (symbol == nullptr)
+    throw std::runtime_error("loraxs_ext._C: the compiled ops are not loaded; import loraxs_ext.ops first");
   return reinterpret_cast<F*>(symbol);
 }
 
@@ -49,7 +50,8 @@ std::string cpu_isa() { return op_symbol<const char*()>("loraxs_cpu_isa")(); }
 
 void set_cpu_isa(const std::string& name) {
   if (op_symbol<int(const char*)>("loraxs_set_cpu_isa")(name.c_str()) != 0)
-    throw py::value_error("set_cpu_isa: name: expected one of build_info()['cpu_isas'] that this CPU has, got '" + name + "'");
+    throw py::value_error("set_cpu_isa: name: expected one of build_info()['cpu_isas'] that this CPU has, got '" +
+                          name + "'");
 }
 
 }  // namespace

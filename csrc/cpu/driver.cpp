@@ -54,7 +54,8 @@ void in_grains(int64_t n, int64_t grain, const F& fn) {
 
 // project(rows, ranks), rotate(rows), expand(rows, columns) over M x r and M x N, threaded the way the shape suits.
 template <class Step1, class Step2, class Step3>
-void run(int64_t M, int64_t r, int64_t N, int64_t work, const Step1& project, const Step2& rotate, const Step3& expand) {
+void run(int64_t M, int64_t r, int64_t N, int64_t work, const Step1& project, const Step2& rotate,
+         const Step3& expand) {
   const int threads = work < kInlineWork ? 1 : thread_count();
   const auto rows = [&](int64_t m0, int64_t m1) {
     project(m0, m1, 0, r);
@@ -79,14 +80,14 @@ auto projector(const T* x, int64_t ldx, const T* a, acc_t<T>* p, int64_t M, int6
                const Dropout* dropout) {
   const Dense<T>& k = table<T>();
   return [=, &k](int64_t m0, int64_t m1, int64_t i0, int64_t i1) {
-    k.project({x + m0 * ldx, a + i0 * ldx, p + m0 * r + i0, ldx, ldx, r, m1 - m0, ldx, i1 - i0, acc_t<T>(alpha), dropout,
-               m0, wide_enough(M, r)});
+    k.project({x + m0 * ldx, a + i0 * ldx, p + m0 * r + i0, ldx, ldx, r, m1 - m0, ldx, i1 - i0, acc_t<T>(alpha),
+               dropout, m0, wide_enough(M, r)});
   };
 }
 
 template <class T>
-auto expander(const T* in, T* out, const acc_t<T>* q, const T* b, int64_t M, int64_t N, int64_t r,
-              const int32_t* slots, const Dropout* dropout) {
+auto expander(const T* in, T* out, const acc_t<T>* q, const T* b, int64_t M, int64_t N, int64_t r, const int32_t* slots,
+              const Dropout* dropout) {
   const Dense<T>& k = table<T>();
   return [=, &k](int64_t m0, int64_t m1, int64_t n0, int64_t n1) {
     k.expand({in ? in + m0 * N + n0 : nullptr, out + m0 * N + n0, q + m0 * r, b + n0, N, r, N, m1 - m0, n1 - n0, r,

@@ -15,7 +15,8 @@ bool live(const Expand<T>& g, int64_t m) {
 
 // One finished vector of row m at column n (`left` of its lanes count): add, round, store.
 template <class T>
-[[gnu::always_inline]] inline void store_sum(const Expand<T>& g, int64_t m, int64_t n, int left, Vec<acc_t<T>> sum, const uint64_t* keep) {
+[[gnu::always_inline]] inline void store_sum(const Expand<T>& g, int64_t m, int64_t n, int left, Vec<acc_t<T>> sum,
+                                             const uint64_t* keep) {
   using V = Vec<acc_t<T>>;
   T* out = g.out + m * g.ldio + n;
   if (keep) sum = sum.keep_lanes(uint32_t(keep[n / 64] >> (n % 64)));

@@ -1,7 +1,8 @@
-// The r x r step: every row gathers its own R (rotate), every slot sums its own gradient (outer). Included once per ISA.
+// The r x r step: every row gathers its own R (rotate), every slot sums its own gradient (outer). Included once per
+// ISA.
 //
-// A row costs the same whichever page it reads, and sorting rows by page is slower. Only consecutive rows of one page (one
-// adapter, or the prompt of one request) share the work of reading it.
+// A row costs the same whichever page it reads, and sorting rows by page is slower. Only consecutive rows of one page
+// (one adapter, or the prompt of one request) share the work of reading it.
 #pragma once
 #include <cstdlib>
 

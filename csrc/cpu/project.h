@@ -1,8 +1,8 @@
 // p = x aᵀ as dot products: both operands are contiguous along K, so no packing. Included once per ISA, which
 // names its vectors by the macro LORAXS_SIMD.
 //
-// A block of R rows times J ranks keeps R * J sums in registers; K runs in pieces of kDepth so that the rows of x stay in
-// L1 while a streams by. Every p[m, i] adds its products in the same order whatever block it falls into.
+// A block of R rows times J ranks keeps R * J sums in registers; K runs in pieces of kDepth so that the rows of x stay
+// in L1 while a streams by. Every p[m, i] adds its products in the same order whatever block it falls into.
 #pragma once
 #include <cstring>
 
@@ -43,7 +43,9 @@ struct Dot<bf16> {
   using Operand = __m512bh;
   static constexpr int step = 32;
   static Operand load(const bf16* p) { return (__m512bh)_mm512_loadu_si512(p); }
-  static Operand load_n(const bf16* p, int n) { return (__m512bh)_mm512_maskz_loadu_epi16(__mmask32((uint64_t(1) << n) - 1), p); }
+  static Operand load_n(const bf16* p, int n) {
+    return (__m512bh)_mm512_maskz_loadu_epi16(__mmask32((uint64_t(1) << n) - 1), p);
+  }
   static V madd(V sum, Operand x, Operand a) { return {_mm512_dpbf16_ps(sum.v, x, a)}; }
 };
 #endif

@@ -90,7 +90,8 @@ inline void keep_words(const Dropout& d, uint32_t m, uint32_t w0, uint64_t* out,
   const __m256i bias = _mm256_set1_epi32(INT32_MIN);
   const __m256i cutoff = _mm256_xor_si256(_mm256_set1_epi32(int(d.cutoff)), bias);  // unsigned order by signed compare
   for (int half = 0; half < 2 * words; ++half) {
-    __m256i c0 = _mm256_add_epi32(_mm256_set1_epi32(int(w0 * 16 + half * 8)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+    __m256i c0 =
+        _mm256_add_epi32(_mm256_set1_epi32(int(w0 * 16 + half * 8)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
     __m256i c1 = _mm256_set1_epi32(int(m)), c2 = _mm256_set1_epi32(int(d.offset[0]));
     __m256i c3 = _mm256_set1_epi32(int(d.offset[1]));
     uint32_t k0 = d.seed[0], k1 = d.seed[1];

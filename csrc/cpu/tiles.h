@@ -1,15 +1,15 @@
 // project and expand for bf16 on AMX: 16 x 32 by 32 x 16 tile products with fp32 sums. Included by amx_bf16.cpp alone.
 //
 // project packs the operand with fewer rows into the pair-interleaved layout that the second factor of a tile product
-// needs, and loads the other one from memory as it is. expand splits fp32 q into a high and a low bf16 part, so that the
-// low-rank term keeps 16 bits of q and the rounding of y stays the only one that matters.
+// needs, and loads the other one from memory as it is. expand splits fp32 q into a high and a low bf16 part, so that
+// the low-rank term keeps 16 bits of q and the rounding of y stays the only one that matters.
 #pragma once
 #include "cpu/expand.h"
 
 namespace loraxs::cpu {
 namespace {
 
-constexpr int64_t kTile = 16, kTileDepth = 32;        // rows of a tile; bf16 along its depth
+constexpr int64_t kTile = 16, kTileDepth = 32;         // rows of a tile; bf16 along its depth
 constexpr int64_t kTileElements = kTile * kTileDepth;  // 1 KiB
 
 // Tiles 0 to 3 hold a 2 x 2 block of sums, 4 and 5 the first factor, 6 and 7 the second. All are full tiles.
@@ -78,16 +78,16 @@ struct Factor {
   }
 };
 
-#define LORAXS_LOAD_FACTOR(tile, f, row, k)                                                               \
-  do {                                                                                                    \
-    if ((f).whole(row, k)) {                                                                              \
-      _tile_loadd(tile, (f).p + (row) * (f).ld + (k), (f).ld * 2);                                        \
-    } else {                                                                                              \
-      alignas(64) bf16 stage[kTileElements];                                                              \
+#define LORAXS_LOAD_FACTOR(tile, f, row, k)                                                                   \
+  do {                                                                                                        \
+    if ((f).whole(row, k)) {                                                                                  \
+      _tile_loadd(tile, (f).p + (row) * (f).ld + (k), (f).ld * 2);                                            \
+    } else {                                                                                                  \
+      alignas(64) bf16 stage[kTileElements];                                                                  \
       for (int64_t i = 0; i < kTile; ++i) _mm512_store_si512(stage + i * kTileDepth, (f).line((row) + i, k)); \
-      TileSession::fence();                                                                               \
-      _tile_loadd(tile, stage, 64);                                                                       \
-    }                                                                                                     \
+      TileSession::fence();                                                                                   \
+      _tile_loadd(tile, stage, 64);                                                                           \
+    }                                                                                                         \
   } while (0)
 
 // out[u * su + v * sv] (+)= alpha * sums[u][v]; one of the strides is 1.
@@ -175,11 +175,11 @@ inline void project_tiles(const Project<bf16>& g) {
     tile_dots(x, a, g.p, g.ldp, 1, g.alpha);
 }
 
-constexpr int64_t kMaxTileRank = 256;   // 16 tiles of q per row block
-constexpr int64_t kPanelTiles = 24;     // of b, half an L1
+constexpr int64_t kMaxTileRank = 256;  // 16 tiles of q per row block
+constexpr int64_t kPanelTiles = 24;    // of b, half an L1
 
-// High and low bf16 parts of 16 rows of q as first factors. Ranks up to 16 share one tile: high in its first half of the
-// depth, low in the second, against b twice. Larger ranks take all high tiles, then all low tiles.
+// High and low bf16 parts of 16 rows of q as first factors. Ranks up to 16 share one tile: high in its first half of
+// the depth, low in the second, against b twice. Larger ranks take all high tiles, then all low tiles.
 inline void split_rows(const float* q, int64_t ldq, int64_t rows, int64_t r, int64_t tiles, bf16* out) {
   const bool shared = r <= kTile;
   const int64_t low = shared ? kTile : tiles * kTileElements;
@@ -233,8 +233,8 @@ inline void finish_whole(const Expand<bf16>& g, const Sums& sums, int64_t m, int
 
 // The same for the last columns before n1, under dropout (`keep` holds the words of the panel from n0, or null), or
 // with nothing to add to.
-inline void finish_any(const Expand<bf16>& g, const Sums& sums, int64_t m, int64_t rows, int64_t n,
-                       int64_t n1, const uint64_t* keep, int64_t n0) {
+inline void finish_any(const Expand<bf16>& g, const Sums& sums, int64_t m, int64_t rows, int64_t n, int64_t n1,
+                       const uint64_t* keep, int64_t n0) {
   for (int64_t i = 0; i < rows; ++i) {
     if (!live(g, m + i)) continue;
     for (int64_t c = 0; c < 2 && n + c * kTile < n1; ++c)
@@ -255,7 +255,8 @@ inline void expand_tiles(const Expand<bf16>& g) {
   const TileSession session;
   for (int64_t n0 = 0; n0 < g.N; n0 += panel) {
     const int64_t n1 = least(n0 + panel, g.N);
-    for (int64_t n = n0; n < n1; n += kTile) pack_columns(g, n, tiles, b_tiles + (n - n0) / kTile * tiles * kTileElements);
+    for (int64_t n = n0; n < n1; n += kTile)
+      pack_columns(g, n, tiles, b_tiles + (n - n0) / kTile * tiles * kTileElements);
     for (int64_t m = 0; m < g.M; m += 2 * kTile) {
       const int64_t rows = least(2 * kTile, g.M - m);
       const bool two_m = rows > kTile;

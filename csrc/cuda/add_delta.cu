@@ -1,5 +1,4 @@
 #include "cuda/add_delta.h"
-
 #include "kernels/add_delta.cuh"
 
 namespace loraxs::cuda {
@@ -9,9 +8,21 @@ static_assert(kMaxAddDeltaRank == kMaxRank);
 
 template <class A, class T, class P>
 cudaError_t launch(const AddDeltaArgs& g, cudaStream_t stream) {
-  const AddDelta<T, P> args{static_cast<T*>(g.y), static_cast<const T*>(g.x), static_cast<const T*>(g.a),
-                            static_cast<const T*>(g.bt), static_cast<const P*>(g.pages), g.slots, g.rng, g.cutoff,
-                            g.M, g.K, g.N, g.S, g.r, g.scale, g.keep_scale};
+  const AddDelta<T, P> args{static_cast<T*>(g.y),
+                            static_cast<const T*>(g.x),
+                            static_cast<const T*>(g.a),
+                            static_cast<const T*>(g.bt),
+                            static_cast<const P*>(g.pages),
+                            g.slots,
+                            g.rng,
+                            g.cutoff,
+                            g.M,
+                            g.K,
+                            g.N,
+                            g.S,
+                            g.r,
+                            g.scale,
+                            g.keep_scale};
   const unsigned blocks = unsigned((g.M + kTokens - 1) / kTokens);
   add_delta_kernel<A, T, P><<<blocks, kThreads, size_t(2 * kTokens * g.r) * sizeof(A), stream>>>(args);
   return cudaGetLastError();

@@ -15,8 +15,8 @@ void add_low_rank(const Problem& g, const Tensor& in, const Tensor& x, const Ten
     using T = typename decltype(types)::Element;
     using P = typename decltype(types)::Page;
     cpu::forward<T, P>({g.M.size, g.K.size, g.N.size, g.r.size, data<T>(x_rows), data<T>(a_rows), data<T>(bt),
-                        data<P>(page_rows), slots, data<T>(in), mutable_data<T>(out),
-                        mutable_data<cpu::acc_t<T>>(p), scale, g.mask(), g.keep_scale});
+                        data<P>(page_rows), slots, data<T>(in), mutable_data<T>(out), mutable_data<cpu::acc_t<T>>(p),
+                        scale, g.mask(), g.keep_scale});
   });
 }
 

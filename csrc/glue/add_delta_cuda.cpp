@@ -48,15 +48,21 @@ void add_delta_(Tensor y, const Tensor& x, const Tensor& a, const Tensor& b, con
   g.pages(pages);
   const MaybeTensor slot_rows = g.device_slots(slots), words = g.device_dropout(p_drop, rng);
   const int32_t device = x.get_device_index();
-  g.on_device(device, {{"x", &x}, {"y", &y}, {"a", &a}, {"b", &b}, {"pages", &pages},
-                       {"slots", slots ? &*slots : nullptr}, {"rng", rng ? &*rng : nullptr}});
+  g.on_device(device, {{"x", &x},
+                       {"y", &y},
+                       {"a", &a},
+                       {"b", &b},
+                       {"pages", &pages},
+                       {"slots", slots ? &*slots : nullptr},
+                       {"rng", rng ? &*rng : nullptr}});
   if (g.r.size > cuda::kMaxAddDeltaRank)
     fail(g.op, "a", "a rank of at most " + std::to_string(cuda::kMaxAddDeltaRank), std::to_string(g.r.size));
   if (g.empty()) return;
 
   const NoGrad no_grad;
   const torch::stable::accelerator::DeviceGuard guard(device);
-  const Tensor rows = dense(y), x_rows = dense(x), a_rows = dense(a), bt = transposed_basis(b), page_rows = dense(pages);
+  const Tensor rows = dense(y), x_rows = dense(x), a_rows = dense(a), bt = transposed_basis(b),
+               page_rows = dense(pages);
   const cudaError_t error = cuda::add_delta(
       {rows.mutable_data_ptr(), x_rows.const_data_ptr(), a_rows.const_data_ptr(), bt.const_data_ptr(),
        page_rows.const_data_ptr(), slot_rows ? static_cast<const int32_t*>(slot_rows->const_data_ptr()) : nullptr,

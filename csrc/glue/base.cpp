@@ -37,10 +37,10 @@ Tensor base_linear(const Problem& g, const Tensor& x, const Tensor& weight, cons
     return dense(torch::stable::detail::to<Tensor>(stack[0]));
   }
   const Tensor y = empty_rows(x, N, g.dtype);
-  const Tensor out = as_rows(y, M, N), rows = as_rows(x, M, K), transposed = as_matrix(weight, K, N, weight.stride(1), weight.stride(0));
-  TORCH_ERROR_CODE_CHECK(
-      bias ? aoti_torch_cpu_addmm_out(out.get(), bias->get(), rows.get(), transposed.get(), 1, 1)
-           : aoti_torch_cpu_mm_out(out.get(), rows.get(), transposed.get()));
+  const Tensor out = as_rows(y, M, N), rows = as_rows(x, M, K),
+               transposed = as_matrix(weight, K, N, weight.stride(1), weight.stride(0));
+  TORCH_ERROR_CODE_CHECK(bias ? aoti_torch_cpu_addmm_out(out.get(), bias->get(), rows.get(), transposed.get(), 1, 1)
+                              : aoti_torch_cpu_mm_out(out.get(), rows.get(), transposed.get()));
   return y;
 }
 

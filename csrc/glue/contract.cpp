@@ -168,8 +168,9 @@ Tensor empty_cpu(const int64_t* sizes, int64_t dim, ScalarType dtype) {
   int64_t strides[kMaxDim], step = 1;
   for (int64_t i = dim - 1; i >= 0; --i) strides[i] = step, step *= std::max<int64_t>(sizes[i], 1);
   AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, sizes, strides, torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
-                                                  aoti_torch_device_type_cpu(), 0, &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      dim, sizes, strides, torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
+      aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }
 
@@ -188,8 +189,6 @@ Tensor empty_rows(const Tensor& like, int64_t last, ScalarType dtype) {
 
 Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
-Tensor transposed_basis(const Tensor& b) {
-  return dense(torch::stable::transpose(b, 0, 1));
-}
+Tensor transposed_basis(const Tensor& b) { return dense(torch::stable::transpose(b, 0, 1)); }
 
 }  // namespace loraxs

@@ -27,7 +27,8 @@ std::tuple<Tensor, Tensor> linear_backward(const Tensor& dy, const MaybeTensor& 
   Tensor dx = !need_dx ? empty_cpu({0}, g.dtype)
               : weight ? base_backward(g, dy, *weight)
                        : empty_rows(dy, g.K.size, g.dtype);
-  Tensor dpages = need_dpages ? empty_cpu({g.S.size, g.r.size, g.r.size}, g.pages_dtype) : empty_cpu({0}, g.pages_dtype);
+  Tensor dpages =
+      need_dpages ? empty_cpu({g.S.size, g.r.size, g.r.size}, g.pages_dtype) : empty_cpu({0}, g.pages_dtype);
   if (g.empty()) {
     if (need_dx && !weight) torch::stable::zero_(dx);
     torch::stable::zero_(dpages);

@@ -8,18 +8,18 @@
 
 namespace loraxs {
 
-constexpr int kTokens = 8;            // tokens per block, one warp each
+constexpr int kTokens = 8;  // tokens per block, one warp each
 constexpr int kThreads = kTokens * 32;
-constexpr int kRanks = 8;             // ranks that share one pass over x, and one recomputation of its mask
-constexpr int kMaxRank = 384;         // p and q of a tile in fp64 fill the 48 KiB that every device grants
+constexpr int kRanks = 8;      // ranks that share one pass over x, and one recomputation of its mask
+constexpr int kMaxRank = 384;  // p and q of a tile in fp64 fill the 48 KiB that every device grants
 
 template <class T, class P>
 struct AddDelta {
-  T* y;              // [M, N]
-  const T* x;        // [M, K]
-  const T* a;        // [r, K]
-  const T* bt;       // [r, N]
-  const P* pages;    // [S, r, r]
+  T* y;                  // [M, N]
+  const T* x;            // [M, K]
+  const T* a;            // [r, K]
+  const T* bt;           // [r, N]
+  const P* pages;        // [S, r, r]
   const int32_t* slots;  // [M] with values in [-1, S), or null: slot 0
   const int64_t* rng;    // (seed, offset), or null: no dropout
   uint32_t cutoff;       // see Dropout

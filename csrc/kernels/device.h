@@ -7,7 +7,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#define LORAXS_DYNAMIC_SHARED(T, name)                                     \
+#define LORAXS_DYNAMIC_SHARED(T, name)                                   \
   extern __shared__ __align__(16) unsigned char loraxs_dynamic_shared[]; \
   T* name = reinterpret_cast<T*>(loraxs_dynamic_shared)
 

@@ -20,8 +20,8 @@ struct Dropout {
   uint32_t cutoff;
 };
 
-// One block of four random words for row `m`, columns 4 * `block` .. 4 * `block` + 3. Internal linkage on purpose: files
-// built for different instruction sets include this, and the linker must not merge their copies.
+// One block of four random words for row `m`, columns 4 * `block` .. 4 * `block` + 3. Internal linkage on purpose:
+// files built for different instruction sets include this, and the linker must not merge their copies.
 static LORAXS_HD void philox4x32(uint32_t block, uint32_t m, const Dropout& d, uint32_t out[4]) {
   uint32_t c0 = block, c1 = m, c2 = d.offset[0], c3 = d.offset[1], k0 = d.seed[0], k1 = d.seed[1];
   for (int round = 0; round < 10; ++round) {
