@@ -27,7 +27,7 @@ uint64_t xcr0() {
   return uint64_t(hi) << 32 | lo;
 }
 
-// Linux hands out the 8 KiB of tile state on request only; threads started later inherit the permission.
+// Linux grants the 8 KiB of tile state on request only, once for the whole process.
 bool request_tiles() {
   constexpr long kRequestPermission = 0x1023, kTileData = 18;
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;

@@ -66,7 +66,7 @@ def test_a_mixed_batch_is_its_rows(dtype):
 
 
 def test_called_from_several_threads_at_once():
-    # Tile state and the permission to use it belong to a thread; these are not torch's own.
+    # Tile state belongs to a thread, and these are not torch's own.
     from concurrent.futures import ThreadPoolExecutor
 
     problem = make((130, 320, 200, 20, 4), torch.bfloat16, slots="mixed")
