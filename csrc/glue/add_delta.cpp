@@ -70,6 +70,7 @@ void add_delta_(Tensor y, const Tensor& x, const Tensor& a, const Tensor& b, con
 
 STABLE_TORCH_LIBRARY_IMPL(loraxs, CPU, m) {
   m.impl("add_delta", TORCH_BOX(&add_delta));
+  m.impl("_add_delta", TORCH_BOX(&add_delta));
   m.impl("add_delta_", TORCH_BOX(&add_delta_));
 }
 

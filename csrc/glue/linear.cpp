@@ -34,6 +34,9 @@ std::tuple<Tensor, Tensor> linear(const Tensor& x, const Tensor& weight, const M
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(loraxs, CPU, m) { m.impl("linear", TORCH_BOX(&linear)); }
+STABLE_TORCH_LIBRARY_IMPL(loraxs, CPU, m) {
+  m.impl("linear", TORCH_BOX(&linear));
+  m.impl("_linear", TORCH_BOX(&linear));
+}
 
 }  // namespace loraxs

@@ -5,16 +5,22 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
+from torch.compiler import is_compiling
 
 from . import backends as backends
 from . import contract as contract
 from . import reference as reference
-from .autograd import AddDeltaFunction, LinearFunction, below_autograd
+from .autograd import AddDeltaFunction, LinearFunction
 
 _linear = torch.ops.loraxs.linear.default
+_linear_unwrapped = torch.ops.loraxs._linear.default
 _add_delta = torch.ops.loraxs.add_delta.default
+_add_delta_unwrapped = torch.ops.loraxs._add_delta.default
 _add_delta_ = torch.ops.loraxs.add_delta_.default
+
+# One look at all devices; asking for the device of x first takes three calls of a path that every token runs through.
+_any_autocast_enabled = torch._C._is_any_autocast_enabled
 
 
 def linear(
@@ -49,16 +55,16 @@ def linear(
     Raises:
         ValueError or RuntimeError: an argument does not fit the contract; the message names it.
     """
-    if torch.is_autocast_enabled(x.device.type):
+    if _any_autocast_enabled() and torch.is_autocast_enabled(x.device.type):
         x, weight, bias, a, b = _autocast(x, weight, bias, a, b)
     args = (x, weight, bias, a, b, pages, slots, scale, p_drop, rng)
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return _linear(*args)[0]
-    if torch.is_grad_enabled() and (
+    if is_grad_enabled() and (
         pages.requires_grad or x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     ):
-        return LinearFunction.apply(*args)[0]
-    return below_autograd(_linear, args)[0]
+        return LinearFunction.apply(*args)
+    return _linear_unwrapped(*args)[0]
 
 
 def add_delta(
@@ -82,14 +88,14 @@ def add_delta(
     Returns:
         a new tensor [..., N] in the dtype of y.
     """
-    if torch.is_autocast_enabled(x.device.type):
+    if _any_autocast_enabled() and torch.is_autocast_enabled(x.device.type):
         y, x, a, b = _autocast(y, x, a, b)
     args = (y, x, a, b, pages, slots, scale, p_drop, rng)
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return _add_delta(*args)[0]
-    if torch.is_grad_enabled() and (pages.requires_grad or x.requires_grad or y.requires_grad):
-        return AddDeltaFunction.apply(*args)[0]
-    return below_autograd(_add_delta, args)[0]
+    if is_grad_enabled() and (pages.requires_grad or x.requires_grad or y.requires_grad):
+        return AddDeltaFunction.apply(*args)
+    return _add_delta_unwrapped(*args)[0]
 
 
 def add_delta_(

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from .contract import LIBRARY
 
-_LINEAR = torch.ops.loraxs.linear.default
-_ADD_DELTA = torch.ops.loraxs.add_delta.default
+_LINEAR = torch.ops.loraxs._linear.default
+_ADD_DELTA = torch.ops.loraxs._add_delta.default
 _BACKWARD = torch.ops.loraxs.linear_backward.default
 
 
@@ -79,38 +79,36 @@ torch.library.register_autograd("loraxs::add_delta", _add_delta_backward, setup_
 
 
 class LinearFunction(torch.autograd.Function):
-    """`loraxs::linear` for eager training."""
+    """y of `loraxs::linear` for eager training, with the arguments of the op."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        output = below_autograd(_LINEAR, inputs)
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        output = _LINEAR(*inputs)
         _linear_setup(ctx, inputs, output)
-        ctx.mark_non_differentiable(output[1])
-        return output
+        return output[0]
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple:
-        return _linear_backward(ctx, *grads)
+        _refuse_twice("linear")
+        return _linear_backward(ctx, grads[0], None)
 
 
 class AddDeltaFunction(torch.autograd.Function):
-    """`loraxs::add_delta` for eager training."""
+    """The sum of `loraxs::add_delta` for eager training, with the arguments of the op."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        output = below_autograd(_ADD_DELTA, inputs)
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        output = _ADD_DELTA(*inputs)
         _add_delta_setup(ctx, inputs, output)
-        ctx.mark_non_differentiable(output[1])
-        return output
+        return output[0]
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple:
-        return _add_delta_backward(ctx, *grads)
+        _refuse_twice("add_delta")
+        return _add_delta_backward(ctx, grads[0], None)
 
 
-def below_autograd(op: Any, inputs: tuple) -> Any:
-    """Call the owner of `op` without passing the dispatcher's autograd layer (about 4 µs a call)."""
-    with torch._C._AutoDispatchBelowAutograd():
-        return op(*inputs)
+def _refuse_twice(op: str) -> None:
+    """Gradients are recorded inside a backward pass only under create_graph=True; ours have no derivative."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(f"loraxs::{op}: differentiating twice (create_graph=True) is not supported")

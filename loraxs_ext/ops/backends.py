@@ -1,7 +1,11 @@
 """Who owns each op on each device. Nothing is overridden silently: `loraxs doctor` prints this table.
 
 The plain-torch reference is registered for every device. A faster owner takes a device's dispatch key when its part
-is built, and is named in `owners()`. `LORAXS_BACKEND=reference` keeps every op on plain torch.
+is built, and is named in `owners()`. The environment variable LORAXS_BACKEND chooses:
+
+- `auto`: owners that were measured to be faster than plain torch on their device;
+- `cuda`: also the CUDA kernels, which are compiled and checked in emulation but not measured on a GPU yet;
+- `reference`: plain torch for every op.
 """
 
 from __future__ import annotations
@@ -16,9 +20,9 @@ from typing import Any
 import torch
 
 from . import reference
-from .contract import LIBRARY, OPS, check
+from .contract import LIBRARY, OPS, UNWRAPPED, check
 
-BACKENDS = ("auto", "reference")
+BACKENDS = ("auto", "cuda", "reference")
 BACKEND = os.environ.get("LORAXS_BACKEND", "auto")
 if BACKEND not in BACKENDS:
     raise ValueError(f"LORAXS_BACKEND: expected one of {', '.join(BACKENDS)}, got {BACKEND!r}")
@@ -57,7 +61,9 @@ def _check_slots(op: str, slots: torch.Tensor | None, n_slots: int) -> None:
 def _register() -> bool:
     """Register the reference everywhere and the compiled owners where they are built; True if they are."""
     for op in OPS:
-        LIBRARY.impl(op, _checked(op, getattr(reference, op)), "CompositeExplicitAutograd")
+        owner = _checked(op, getattr(reference, op))
+        for name in filter(None, (op, UNWRAPPED.get(op))):
+            LIBRARY.impl(name, owner, "CompositeExplicitAutograd")
     if BACKEND == "reference":
         return False
     if not _OPS_LIBRARY.exists():

@@ -49,8 +49,14 @@ OPS: Mapping[str, OpContract] = {
     ),
 }
 
+# The same kernels under a second name that no autograd is registered for. Eager code calls these, because the layer
+# that `register_autograd` puts around an op costs as much as the op's own overhead, even when no gradient is wanted.
+UNWRAPPED = {"linear": "_linear", "add_delta": "_add_delta"}
+
 for _name, _op in OPS.items():
     LIBRARY.define(_name + _op.schema)
+    if _name in UNWRAPPED:
+        LIBRARY.define(UNWRAPPED[_name] + _op.schema)
 
 _SHAPE = re.compile(r"(\w+)(\??)\[([^\]]*)\]")
 _SHAPES = {
@@ -139,6 +145,7 @@ def _check_dtype(op: str, name: str, dtype: torch.dtype, first: str, first_dtype
         raise ValueError(f"loraxs::{op}: {name}: expected dtype {expected} (for {first} in {first_dtype}), got {dtype}")
 
 
+@torch.library.register_fake("loraxs::_linear", lib=LIBRARY)
 @torch.library.register_fake("loraxs::linear", lib=LIBRARY)
 def _linear_fake(x, weight, bias, a, b, pages, slots, scale, p_drop=0.0, rng=None):
     check("linear", p_drop, x=x, weight=weight, bias=bias, a=a, b=b, pages=pages, slots=slots, rng=rng)
@@ -157,6 +164,7 @@ def _add_delta_inplace_fake(y, x, a, b, pages, slots, scale, p_drop=0.0, rng=Non
     check("add_delta_", p_drop, y=y, x=x, a=a, b=b, pages=pages, slots=slots, rng=rng)
 
 
+@torch.library.register_fake("loraxs::_add_delta", lib=LIBRARY)
 @torch.library.register_fake("loraxs::add_delta", lib=LIBRARY)
 def _add_delta_fake(y, x, a, b, pages, slots, scale, p_drop=0.0, rng=None):
     check("add_delta", p_drop, y=y, x=x, a=a, b=b, pages=pages, slots=slots, rng=rng)
