@@ -11,8 +11,9 @@
 namespace loraxs::cpu {
 namespace {
 
-// A fork and join costs a few microseconds: about this many multiply-adds of one core.
-constexpr int64_t kInlineWork = 300'000;
+// A fork and join costs about 10 us (two cores of a Sapphire Rapids): this many multiply-adds of one core, by vectors
+// and by matrix tiles.
+constexpr int64_t kInlineWork = 800'000, kInlineTileWork = 2'500'000;
 
 // Where 16 x 32 matrix tiles beat dot products (Sapphire Rapids, widths 384 and 1024): part-filled tiles pay off for
 // large ranks only.
@@ -27,6 +28,13 @@ auto& table() {
     return portable_kernels64;
   else
     return kernels();
+}
+
+// Whether M * r * width multiply-adds are done sooner on the calling thread alone.
+template <class T>
+bool runs_inline(int64_t M, int64_t r, int64_t width) {
+  const bool tiles = std::is_same_v<T, bf16> && isa() == Isa::amx_bf16 && wide_enough(M, r);
+  return M * r * width < (tiles ? kInlineTileWork : kInlineWork);
 }
 
 // Scratch that stays on the stack for decode-sized problems.
@@ -54,9 +62,8 @@ void in_grains(int64_t n, int64_t grain, const F& fn) {
 
 // project(rows, ranks), rotate(rows), expand(rows, columns) over M x r and M x N, threaded the way the shape suits.
 template <class Step1, class Step2, class Step3>
-void run(int64_t M, int64_t r, int64_t N, int64_t work, const Step1& project, const Step2& rotate,
-         const Step3& expand) {
-  const int threads = work < kInlineWork ? 1 : thread_count();
+void run(int64_t M, int64_t r, int64_t N, bool alone, const Step1& project, const Step2& rotate, const Step3& expand) {
+  const int threads = alone ? 1 : thread_count();
   const auto rows = [&](int64_t m0, int64_t m1) {
     project(m0, m1, 0, r);
     rotate(m0, m1);
@@ -146,7 +153,8 @@ void forward(const Forward<T, P>& g) {
   const auto rotate = [&](int64_t m0, int64_t m1) {
     k.rotate({g.p + m0 * g.r, g.pages, from_row(g.slots, m0), q + m0 * g.r, m1 - m0, g.r, A(g.scale), false});
   };
-  run(g.M, g.r, g.N, g.M * g.r * (g.K + g.N), projector(g.x, g.K, g.a, g.p, g.M, g.r, g.keep_scale, g.dropout), rotate,
+  run(g.M, g.r, g.N, runs_inline<T>(g.M, g.r, g.K + g.N),
+      projector(g.x, g.K, g.a, g.p, g.M, g.r, g.keep_scale, g.dropout), rotate,
       expander(g.in, g.out, q, g.bt, g.M, g.N, g.r, g.slots, nullptr));
 }
 
@@ -161,10 +169,12 @@ void backward(const Backward<T, P>& g) {
     const auto rotate = [&](int64_t m0, int64_t m1) {
       k.rotate({dq + m0 * g.r, g.pages, from_row(g.slots, m0), dp + m0 * g.r, m1 - m0, g.r, A(g.keep_scale), true});
     };
-    run(g.M, g.r, g.K, g.M * g.r * (g.K + g.N), project, rotate,
+    run(g.M, g.r, g.K, runs_inline<T>(g.M, g.r, g.K + g.N), project, rotate,
         expander(g.in, g.dx, dp, g.a, g.M, g.K, g.r, g.slots, g.dropout));
   } else {
-    run(g.M, g.r, 0, g.M * g.r * g.N, project, [](int64_t, int64_t) {}, [](int64_t, int64_t, int64_t, int64_t) {});
+    run(
+        g.M, g.r, 0, runs_inline<T>(g.M, g.r, g.N), project, [](int64_t, int64_t) {},
+        [](int64_t, int64_t, int64_t, int64_t) {});
   }
   if (g.dpages) sum_pages(g, dq);
 }
