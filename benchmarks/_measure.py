@@ -26,8 +26,9 @@ MIN_ROUNDS = 7
 def alternate(providers: Mapping[str, Callable[[], Any]], seconds: float) -> dict[str, list[float]]:
     """Seconds per call of every provider, one sample a round, all providers in each round.
 
-    Machines drift and share cores: a ratio is taken within a round, where both sides met the same conditions. Every
-    round shuffles the order, so that nobody always runs in the caches that the same neighbour left.
+    Machines drift and share cores: a ratio is taken within a round, where both sides met the same conditions. The order
+    is shuffled, so that nobody always runs in the caches that the same neighbour left, and then rotated once around, so
+    that everybody is first, and meets cold caches, equally often.
 
     Args:
         providers: what to time, by name.
