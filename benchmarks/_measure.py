@@ -43,16 +43,18 @@ def alternate(providers: Mapping[str, Callable[[], Any]], seconds: float) -> dic
         inner[name] = max(1, min(100, int(SLICE_SECONDS / max(time.perf_counter() - start, 1e-7))))
     samples: dict[str, list[float]] = {name: [] for name in names}
     end = time.perf_counter() + seconds
-    order = random.Random(0)
+    shuffle = random.Random(0)
     while len(samples[names[0]]) < MIN_ROUNDS or time.perf_counter() < end:
-        for name in order.sample(names, len(names)):
-            call, repeat = providers[name], inner[name]
-            if repeat > 1:
-                call()
-            start = time.perf_counter()
-            for _ in range(repeat):
-                call()
-            samples[name].append((time.perf_counter() - start) / repeat)
+        shuffle.shuffle(names)
+        for first in range(len(names)):
+            for name in names[first:] + names[:first]:
+                call, repeat = providers[name], inner[name]
+                if repeat > 1:
+                    call()
+                start = time.perf_counter()
+                for _ in range(repeat):
+                    call()
+                samples[name].append((time.perf_counter() - start) / repeat)
     return samples
 
 
