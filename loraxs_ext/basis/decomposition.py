@@ -47,7 +47,7 @@ def decompose(
         ranks: by name, or one for all; between 1 and min(N, K).
         recipe: how the basis is chosen; the default recipe if None.
         cache_dir: directory of stored factors, "default" for $LORAXS_CACHE or ~/.cache/loraxs_ext, None for no cache.
-        progress: show a bar, where the output is a terminal.
+        progress: show a bar.
         dtype: of a and bt; that of the decomposition if None (fp64 for fp64 weights, else fp32).
         device: of the results; that of each weight if None.
 
@@ -69,7 +69,7 @@ def decompose(
     done: dict[str, Factors] = {}
     measured: dict[str, Convergence] = {}
     waiting: dict[tuple[object, ...], list[_Job]] = {}
-    with tqdm(total=len(weights), desc="basis", unit="matrix", disable=None if progress else True, leave=False) as bar:
+    with tqdm(total=len(weights), desc="basis", unit="matrix", disable=not progress, leave=False) as bar:
 
         def finish(job: _Job, entry: Entry) -> None:
             measured[job.name] = Convergence(float(entry.errors[-1]), float(entry.gaps[-1]), int(entry.steps))
