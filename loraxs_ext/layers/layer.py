@@ -82,7 +82,8 @@ class LoraXSLayer(nn.Module, BaseTunerLayer):
 
     def get_R(self, adapter: str) -> Tensor:
         """R [r, r] of `adapter`, differentiable in what the adapter trains. May be overridden."""
-        return self.loraxs_R[adapter].weight  # type: ignore[return-value]
+        modules: Any = self._modules
+        return modules["loraxs_R"]._modules[adapter]._parameters["weight"]
 
     def get_basis(self, adapter: str) -> tuple[Tensor, Tensor]:
         """a [r, K] and b [N, r] of `adapter`; b.mT is contiguous, for the ops. May be overridden."""
@@ -95,7 +96,7 @@ class LoraXSLayer(nn.Module, BaseTunerLayer):
         Raises:
             RuntimeError: there is no basis, because the base layer has no weights yet.
         """
-        a, bt = self.loraxs_A, self.loraxs_Bt
+        a, bt = self._buffers["loraxs_A"], self._buffers["loraxs_Bt"]
         if a is None or bt is None:
             raise RuntimeError(f"{self.key}: base_layer: expected weights to compute a basis from, got the meta device")
         return (a, bt) if a.shape[0] == r else (a[:r], bt[:r])

@@ -51,8 +51,9 @@ class LoraXSLinear(LoraXSLayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """y [..., N] for x [..., K]; further arguments go to the base layer."""
-        # Attributes of modules are looked up slowly, and a decoder asks hundreds of layers for every token.
-        base = self.base_layer
+        # Here and in what this calls, parts are taken from the dictionaries of nn.Module: its attribute look-up costs
+        # about as much as the low-rank arithmetic of one token, and a decoder asks hundreds of layers for every token.
+        base: Any = self._modules["base_layer"]
         if self._disable_adapters:
             if self.merged_adapters:
                 self.unmerge()
@@ -61,14 +62,11 @@ class LoraXSLinear(LoraXSLayer):
         if self.merged_adapters:
             return base(x, *args, **kwargs)
         paths = self._active_paths() if self.route is None else self._routed_path(x, self.route)
-        if paths and type(base) is nn.Linear and not (args or kwargs):
-            weight = base.weight
-            if _is_fusable(base, weight, x, paths[0].a.dtype):
-                first, *paths = paths
-                rng = _draw_rng(x) if first.p_drop else None
-                y = ops.linear(x, weight, base.bias, *first[:5], p_drop=first.p_drop, rng=rng)
-            else:
-                y = base(x)
+        if paths and type(base) is nn.Linear and not (args or kwargs) and _is_fusable(base, x, paths[0].a.dtype):
+            a, b, pages, slots, scale, p_drop = paths.pop(0)
+            frozen: Any = base._parameters
+            rng = _draw_rng(x) if p_drop else None
+            y = ops.linear(x, frozen["weight"], frozen["bias"], a, b, pages, slots, scale, p_drop=p_drop, rng=rng)
         else:
             y = base(x, *args, **kwargs)
         for path in paths:
@@ -77,14 +75,15 @@ class LoraXSLinear(LoraXSLayer):
 
     def _active_paths(self) -> list[LowRankPath]:
         """One path per dropout probability among the active adapters, hence nearly always one."""
-        cores, dropouts = self.loraxs_R, self.loraxs_dropout
+        modules: Any = self._modules
+        cores, dropouts = modules["loraxs_R"]._modules, modules["loraxs_dropout"]._modules
         by_p: dict[float, list[str]] = {}
         for adapter in self.active_adapters:
             if adapter in cores:
                 if not cores[adapter].settled:
                     self.settle(adapter)
                 dropout = dropouts[adapter]
-                p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+                p = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
                 by_p.setdefault(p, []).append(adapter)
         return [self._sum_path(adapters, p) for p, adapters in by_p.items()]
 
@@ -184,8 +183,9 @@ class LoraXSLinear(LoraXSLayer):
         return "loraxs." + super().__repr__()
 
 
-def _is_fusable(base: nn.Linear, weight: Tensor, x: Tensor, dtype: torch.dtype) -> bool:
+def _is_fusable(base: nn.Linear, x: Tensor, dtype: torch.dtype) -> bool:
     """Whether calling `base` means x Wᵀ + bias and nothing else, in the dtype of the basis."""
+    weight = base._parameters.get("weight")
     if type(weight) is not nn.Parameter or "forward" in base.__dict__:
         return False
     if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks:
