@@ -1,18 +1,9 @@
 #define LORAXS_SIMD "cpu/simd_avx512.h"
-#include "cpu/expand.h"
-#include "cpu/paged.h"
-#include "cpu/project.h"
+#include "cpu/level.h"
 #include "cpu/tiles.h"
 
 namespace loraxs::cpu {
 
-const Kernels amx_bf16_kernels = {
-    {project<float>, expand<float>},
-    {project_tiles, expand_tiles},
-    {project<f16>, expand<f16>},
-    {rotate<float, float>, outer<float, float>},
-    {rotate<float, bf16>, outer<float, bf16>},
-    {rotate<float, f16>, outer<float, f16>},
-};
+constinit const Kernels amx_bf16_kernels = level({project_tiles, expand_tiles});
 
 }  // namespace loraxs::cpu

@@ -1,18 +1,9 @@
 #define LORAXS_SIMD "cpu/simd_portable.h"
-#include "cpu/expand.h"
-#include "cpu/paged.h"
-#include "cpu/project.h"
+#include "cpu/level.h"
 
 namespace loraxs::cpu {
 
-const Kernels portable_kernels = {
-    {project<float>, expand<float>},
-    {project<bf16>, expand<bf16>},
-    {project<f16>, expand<f16>},
-    {rotate<float, float>, outer<float, float>},
-    {rotate<float, bf16>, outer<float, bf16>},
-    {rotate<float, f16>, outer<float, f16>},
-};
+constinit const Kernels portable_kernels = level();
 
 const Kernels64 portable_kernels64 = {
     {project<double>, expand<double>},
