@@ -82,11 +82,12 @@ def environment() -> dict[str, Any]:
     import loraxs_ext
     import loraxs_ext.ops  # noqa: F401  (loads the compiled ops that _C reports on)
     from loraxs_ext import _C
+    from loraxs_ext.cli import cpu_name
 
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     dirty = subprocess.run(["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True)
     return {
-        "device": _cpu_name(),
+        "device": cpu_name(),
         "threads": torch.get_num_threads(),
         "isa": _C.cpu_isa(),
         "torch": torch.__version__,
@@ -98,15 +99,6 @@ def environment() -> dict[str, Any]:
         "uncommitted_changes": bool(dirty.stdout.strip()),
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 def write_results(name: str, rows: list[dict[str, Any]], **more: Any) -> Path:

@@ -135,7 +135,7 @@ def _installed(package: str) -> str | None:
 
 
 def _devices() -> list[dict[str, Any]]:
-    devices: list[dict[str, Any]] = [{"type": "cpu", "name": _cpu_name()}]
+    devices: list[dict[str, Any]] = [{"type": "cpu", "name": cpu_name()}]
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             facts = torch.cuda.get_device_properties(index)
@@ -146,7 +146,7 @@ def _devices() -> list[dict[str, Any]]:
     return devices
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
     """The processor's name as Linux gives it, elsewhere the machine type."""
     facts = Path("/proc/cpuinfo")
     lines = facts.read_text(encoding="utf-8", errors="replace").splitlines() if facts.exists() else []

@@ -138,8 +138,10 @@ def _rows(t: Tensor) -> Tensor:
 
 def _drop(rows: Tensor, p_drop: float, rng: Tensor | None) -> Tensor:
     """Inverted dropout with the recomputable mask of the contract."""
-    if p_drop == 0.0 or rng is None:
+    if p_drop == 0.0:
         return rows
+    if rng is None:
+        raise ValueError(f"rng: expected int64 [2] = (seed, offset) because p_drop is {p_drop}, got None")
     return rows * keep_mask(rows.shape[0], rows.shape[1], p_drop, rng) / (1.0 - p_drop)
 
 

@@ -151,3 +151,10 @@ def test_what_is_not_needed_is_not_computed():
     assert dx.shape == p.x.shape and dpages.shape == (0,)
     dx, dpages = torch.ops.loraxs.linear_backward(*args, False, True)
     assert dx.shape == (0,) and dpages.shape == p.pages.shape
+
+
+def test_reference_never_skips_dropout_silently():
+    p = make(SHAPES["odd widths"], p_drop=0.4)
+    p.rng = None
+    with pytest.raises(ValueError, match="rng: expected"):
+        reference.linear(*p.forward_args())
