@@ -1,9 +1,10 @@
 #define LORAXS_SIMD "cpu/simd_avx512.h"
+#include "cpu/fused_single.h"
+#include "cpu/fused_tiles.h"
 #include "cpu/level.h"
-#include "cpu/tiles.h"
 
 namespace loraxs::cpu {
 
-constinit const Kernels amx_bf16_kernels = level({project_tiles, expand_tiles});
+constinit const Kernels amx_bf16_kernels = level({project_tiles, expand_tiles}, fused_single, fused_tiles);
 
 }  // namespace loraxs::cpu

@@ -8,7 +8,8 @@
 namespace loraxs::cpu {
 namespace {
 
-constexpr Kernels level(Dense<bf16> half = {project<bf16>, expand<bf16>}) {
+constexpr Kernels level(Dense<bf16> half = {project<bf16>, expand<bf16>}, Fused<float> fused_single = {},
+                        Fused<bf16> fused_half = {}) {
   return {
       {project<float>, expand<float>},
       half,
@@ -16,6 +17,8 @@ constexpr Kernels level(Dense<bf16> half = {project<bf16>, expand<bf16>}) {
       {rotate<float, float>, outer<float, float>},
       {rotate<float, bf16>, outer<float, bf16>},
       {rotate<float, f16>, outer<float, f16>},
+      fused_single,
+      fused_half,
   };
 }
 

@@ -85,8 +85,48 @@ struct Paged {
   void (*outer)(const Outer<A, P>&);
 };
 
+// Tokens in the layout that a level's product wants to find them in, zeros in the place of tokens that do not exist.
+template <class T, class In>
+struct Pack {
+  const In* rows;  // [M, depth], contiguous along the depth
+  int64_t ld, M, depth;
+  T* panel;
+};
+
+// y[m, n] = x[m] . w[n] + bias[n] + q[m] . b[:, n] for n in [n0, n1): one pass over the rows of w, where they lie.
+template <class T>
+struct Product {
+  const T* x;  // packed tokens
+  const T* w;  // [N, K], contiguous along K
+  int64_t ldw, M, K, n0, n1;
+  const T* bias;  // null: none
+  const T* q;     // packed rows of q, or null: no low-rank part
+  const T* b;     // [r, N], contiguous along N
+  int64_t ldb, r;
+  T* y;      // [M, N], or null:
+  float* p;  // the same numbers unrounded
+  int64_t ldy;
+};
+
+// The base product fused with the low-rank part, at the levels where that beats torch's own product.
+template <class T>
+struct Fused {
+  int64_t tokens;                                       // of a panel: what is packed together
+  int64_t (*depth)(int64_t K), (*rank_depth)(int64_t);  // elements that a token takes in its panels
+  void (*pack)(const Pack<T, T>&);
+  void (*pack_ranks)(const Pack<T, float>&);
+  void (*product)(const Product<T>&);
+};
+
 // One instruction-set level. Inheritance only so that a template can pick its entry by type.
-struct Kernels : Dense<float>, Dense<bf16>, Dense<f16>, Paged<float, float>, Paged<float, bf16>, Paged<float, f16> {};
+struct Kernels : Dense<float>,
+                 Dense<bf16>,
+                 Dense<f16>,
+                 Paged<float, float>,
+                 Paged<float, bf16>,
+                 Paged<float, f16>,
+                 Fused<float>,
+                 Fused<bf16> {};
 struct Kernels64 : Dense<double>, Paged<double, double>, Paged<double, float> {};
 
 extern const Kernels portable_kernels, avx2_kernels, avx512_kernels, avx512_bf16_kernels, amx_bf16_kernels;

@@ -71,20 +71,29 @@ void rotate_one(const Rotate<A, P>& g, int64_t m, const P* page) {
   for (; j < g.r; j += lanes) rotate_back<1>(p, page, q, g.r, j, int(least(lanes, g.r - j)), g.alpha);
 }
 
+// From this many rows on, turning the page around costs less than the horizontal sums that it saves.
+constexpr int64_t kLongRun = 64;
+
 // Rows m .. m + count of one page: scale and widen it once, then it is a small project or expand.
 template <class A, class P>
 bool rotate_run(const Rotate<A, P>& g, int64_t m, int64_t count, const P* page) {
-  A* wide = static_cast<A*>(std::malloc(size_t(g.r * g.r) * sizeof(A)));
+  const int64_t size = g.r * g.r;
+  A* wide = static_cast<A*>(std::malloc(size_t(2 * size) * sizeof(A)));
   if (wide == nullptr) return false;
   using V = Vec<A>;
-  for (int64_t i = 0; i < g.r * g.r; i += V::lanes) {
-    const int left = int(least(V::lanes, g.r * g.r - i));
+  for (int64_t i = 0; i < size; i += V::lanes) {
+    const int left = int(least(V::lanes, size - i));
     (V::load_n(page + i, left) * V::splat(g.alpha)).store_n(wide + i, left);
   }
-  const A* p = g.p + m * g.r;
+  const A *p = g.p + m * g.r, *rows = wide;
   A* q = g.q + m * g.r;
-  if (g.transposed)
-    expand<A>({nullptr, q, p, wide, g.r, g.r, g.r, count, g.r, g.r, nullptr, nullptr, 0, 0, false});
+  if (!g.transposed && count >= kLongRun) {
+    for (int64_t j = 0; j < g.r; ++j)
+      for (int64_t i = 0; i < g.r; ++i) wide[size + j * g.r + i] = wide[i * g.r + j];
+    rows = wide + size;
+  }
+  if (g.transposed || rows != wide)
+    expand<A>({nullptr, q, p, rows, g.r, g.r, g.r, count, g.r, g.r, nullptr, nullptr, 0, 0, false});
   else
     project<A>({p, wide, q, g.r, g.r, g.r, count, g.r, g.r, A(1), nullptr, 0, false});
   std::free(wide);

@@ -5,6 +5,7 @@
 // the low-rank term keeps 16 bits of q and the rounding of y stays the only one that matters.
 #pragma once
 #include "cpu/expand.h"
+#include "cpu/transpose.h"
 
 namespace loraxs::cpu {
 namespace {
@@ -34,27 +35,9 @@ class TileSession {
 
 // Pairs of consecutive k as one 32-bit word, transposed: out[k / 2][row] for 16 rows of 32 bf16.
 inline void transpose_pairs(const __m512i in[16], bf16* out) {
-  __m512i t[16], u[16];
-  for (int i = 0; i < 16; i += 2) {
-    t[i] = _mm512_unpacklo_epi32(in[i], in[i + 1]);
-    t[i + 1] = _mm512_unpackhi_epi32(in[i], in[i + 1]);
-  }
-  for (int i = 0; i < 16; i += 4) {
-    u[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-    u[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-    u[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-    u[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-  }
-  // u[4 g + c] holds, in its 128-bit lane l, word 4 l + c of rows 4 g .. 4 g + 3.
-  for (int c = 0; c < 4; ++c) {
-    const __m512i a = _mm512_shuffle_i32x4(u[c], u[c + 4], 0x88), b = _mm512_shuffle_i32x4(u[c], u[c + 4], 0xdd);
-    const __m512i d = _mm512_shuffle_i32x4(u[c + 8], u[c + 12], 0x88);
-    const __m512i e = _mm512_shuffle_i32x4(u[c + 8], u[c + 12], 0xdd);
-    _mm512_store_si512(out + (0 + c) * kTileDepth, _mm512_shuffle_i32x4(a, d, 0x88));
-    _mm512_store_si512(out + (4 + c) * kTileDepth, _mm512_shuffle_i32x4(b, e, 0x88));
-    _mm512_store_si512(out + (8 + c) * kTileDepth, _mm512_shuffle_i32x4(a, d, 0xdd));
-    _mm512_store_si512(out + (12 + c) * kTileDepth, _mm512_shuffle_i32x4(b, e, 0xdd));
-  }
+  __m512i t[16];
+  transpose_words(in, t);
+  for (int i = 0; i < 16; ++i) _mm512_store_si512(out + i * kTileDepth, t[i]);
 }
 
 // One factor of a product along K: rows in memory, with an optional dropout mask.

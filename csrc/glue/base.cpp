@@ -19,14 +19,14 @@ Tensor as_rows(const Tensor& t, int64_t rows, int64_t cols) {
   return t.dim() == 2 ? t : as_matrix(t, rows, cols, cols, 1);
 }
 
+}  // namespace
+
 // aten::linear and aten::matmul come down to one mm or addmm for these arguments; calling that through the C shims
 // instead of the dispatcher saves about 2 us, which counts at one token.
 bool is_one_product(const Tensor& rows, const Tensor& weight) {
   const int64_t dim = rows.dim();
   return (dim == 2 || dim == 3) && rows.is_contiguous() && weight.is_contiguous();
 }
-
-}  // namespace
 
 Tensor base_linear(const Problem& g, const Tensor& x, const Tensor& weight, const MaybeTensor& bias) {
   const int64_t M = g.M.size, K = g.K.size, N = g.N.size;

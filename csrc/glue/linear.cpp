@@ -1,13 +1,34 @@
-// loraxs::linear: torch's own linear, then the low-rank part in place over its output.
+// loraxs::linear: one fused product where the CPU has it, else torch's own linear and the low-rank part over its
+// output.
 #include <torch/csrc/stable/ops.h>
 
 #include <tuple>
+#include <type_traits>
 
 #include "glue/base.h"
 #include "glue/dispatch.h"
 
 namespace loraxs {
 namespace {
+
+// One pass over the weight, where the CPU has a kernel for it; else false, and nothing is written.
+bool fused_linear(const Problem& g, const Tensor& x, const Tensor& weight, const MaybeTensor& bias, const Tensor& a,
+                  const Tensor& b, const Tensor& pages, const int32_t* slots, double scale, const Tensor& y,
+                  const Tensor& p) {
+  const Tensor a_rows = dense(a), bt = transposed_basis(b), page_rows = dense(pages);
+  const MaybeTensor bias_row = bias ? MaybeTensor(dense(*bias)) : std::nullopt;
+  bool done = false;
+  visit_dtypes(g, [&](auto types) {
+    using T = typename decltype(types)::Element;
+    using P = typename decltype(types)::Page;
+    if constexpr (std::is_same_v<T, float> || std::is_same_v<T, cpu::bf16>)
+      done = cpu::fused<T, P>(
+          {g.M.size, g.K.size, g.N.size, g.r.size, data<T>(x), data<T>(a_rows), data<T>(bt), data<P>(page_rows), slots,
+           nullptr, mutable_data<T>(y), mutable_data<cpu::acc_t<T>>(p), scale, g.mask(), g.keep_scale},
+          data<T>(weight), bias_row ? data<T>(*bias_row) : nullptr);
+  });
+  return done;
+}
 
 std::tuple<Tensor, Tensor> linear(const Tensor& x, const Tensor& weight, const MaybeTensor& bias, const Tensor& a,
                                   const Tensor& b, const Tensor& pages, const MaybeTensor& slots, double scale,
@@ -24,6 +45,10 @@ std::tuple<Tensor, Tensor> linear(const Tensor& x, const Tensor& weight, const M
 
   const NoGrad no_grad;
   Tensor p = empty_cpu({g.M.size, g.r.size}, accumulate_dtype(g.dtype));
+  if (!g.empty() && is_one_product(x, weight)) {
+    const Tensor y = empty_rows(x, g.N.size, g.dtype);
+    if (fused_linear(g, x, weight, bias, a, b, pages, s, scale, y, p)) return {y, p};
+  }
   const Tensor y = base_linear(g, x, weight, bias);
   if (g.empty())
     torch::stable::zero_(p);

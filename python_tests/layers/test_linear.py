@@ -67,7 +67,7 @@ def test_gradients_are_those_of_the_dense_model(base):
 def test_zero_r_is_the_base_layer():
     layer = make_layer(init_weights="zeros")
     x = torch.randn(4, K)
-    assert torch.equal(layer(x), layer.base_layer(x))
+    torch.testing.assert_close(layer(x), layer.base_layer(x))
 
 
 def test_hooks_and_trainable_weights_of_the_base_keep_working():

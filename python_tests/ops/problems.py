@@ -12,7 +12,8 @@ from loraxs_ext.ops.philox import keep_mask
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 
-# (M, K, N, r, S): odd widths, ranks that are no power of two, one token, one slot, more slots than tokens.
+# (M, K, N, r, S): odd widths, ranks that are no power of two, one token, one slot, more slots than tokens,
+# more tokens than are packed at once.
 SHAPES = {
     "one token": (1, 64, 48, 4, 1),
     "rank 1": (7, 33, 17, 1, 3),
@@ -20,6 +21,7 @@ SHAPES = {
     "rank 100": (40, 130, 200, 100, 2),
     "many slots": (9, 48, 64, 16, 31),
     "tall": (150, 96, 64, 16, 3),
+    "several chunks": (300, 2049, 70, 20, 3),
 }
 
 

@@ -1,0 +1,187 @@
+// Threads and scratch of the fused product.
+#include <algorithm>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <type_traits>
+
+#include "cpu/driver.h"
+#include "cpu/isa.h"
+#include "cpu/parallel.h"
+
+namespace loraxs::cpu {
+namespace {
+
+// Columns of y are dealt out in blocks; a chunk of tokens is packed so that its panels fill half an L2.
+constexpr int64_t kColumnGrain = 32, kMaxTokens = 512, kMaxRank = 256, kPanelBytes = 1 << 20;
+
+// Up to here fp32 runs as dot products along K: lanes that hold tokens would be mostly empty. Columns go in strips
+// whose rows of W stay in L2 from one block of tokens to the next.
+constexpr int64_t kDotTokens = 12, kStrip = 64;
+
+// Up to here every thread packs all tokens for itself, which costs less than to wait for each other once more.
+constexpr int64_t kFewTokens = 32;
+
+// Multiply-adds of one core in the time of a fork and join, about 10 us.
+template <class T>
+constexpr int64_t kInlineWork = sizeof(T) == 2 ? 200'000 : 100'000;
+
+// Memory that a thread keeps between calls, so that its pages are mapped once.
+class Arena {
+ public:
+  // Starts a call that takes at most this much.
+  explicit Arena(int64_t bytes) {
+    static thread_local Block block;
+    if (block.size < bytes) {
+      block.memory.reset();
+      block.memory.reset(static_cast<std::byte*>(::operator new[](size_t(bytes), kAlign)));
+      block.size = bytes;
+    }
+    next_ = block.memory.get();
+  }
+  template <class A>
+  A* take(int64_t n) {
+    A* p = reinterpret_cast<A*>(next_);
+    next_ += padded<A>(n);
+    return p;
+  }
+  template <class A>
+  static int64_t padded(int64_t n) {
+    return (n * int64_t(sizeof(A)) + 63) / 64 * 64;
+  }
+
+ private:
+  static constexpr std::align_val_t kAlign{64};
+  struct Free {
+    void operator()(std::byte* p) const { ::operator delete[](p, kAlign); }
+  };
+  struct Block {
+    std::unique_ptr<std::byte[], Free> memory;
+    int64_t size = 0;
+  };
+  std::byte* next_;
+};
+
+template <class T, class P>
+class Call {
+ public:
+  Call(const Forward<T, P>& g, const T* weight, const T* bias, const Fused<T>& k)
+      : g_(g), weight_(weight), bias_(bias), k_(k), depth_(k.depth(g.K)), rank_depth_(k.rank_depth(g.r)) {}
+
+  void run() {
+    if constexpr (std::is_same_v<T, float>)
+      if (g_.M <= kDotTokens) return run_dots();
+    const int64_t blocks = (g_.N + kColumnGrain - 1) / kColumnGrain, chunk = tokens_at_once();
+    const bool alone = thread_count() == 1 || g_.M * g_.K * g_.N < kInlineWork<T>;
+    if (alone || g_.M <= kFewTokens) {
+      const auto task = [&](int64_t b0, int64_t b1) {
+        for (int64_t m = 0; m < g_.M; m += chunk) {
+          const int64_t count = std::min(chunk, g_.M - m);
+          Arena arena(bytes(count, true));
+          const Panels panels = take(arena, count);
+          float* p = b0 == 0 ? g_.p + m * g_.r : arena.take<float>(count * g_.r);
+          prepare(m, count, panels, 0, arena.take<float>(count * g_.r), p);
+          multiply(m, count, panels, b0, b1);
+        }
+      };
+      return alone ? task(0, blocks) : parallel_for(blocks, task);
+    }
+    Arena arena(bytes(std::min(chunk, g_.M), false));
+    for (int64_t m = 0; m < g_.M; m += chunk) {
+      Arena again = arena;
+      const int64_t count = std::min(chunk, g_.M - m);
+      const Panels panels = take(again, count);
+      float* q = again.take<float>(count * g_.r);
+      parallel_for((count + k_.tokens - 1) / k_.tokens, [&](int64_t t0, int64_t t1) {
+        const int64_t at = t0 * k_.tokens, tokens = std::min(t1 * k_.tokens, count) - at;
+        prepare(m + at, tokens, panels, at, q + at * g_.r, g_.p + (m + at) * g_.r);
+      });
+      parallel_for(blocks, [&](int64_t b0, int64_t b1) { multiply(m, count, panels, b0, b1); });
+    }
+  }
+
+ private:
+  // As many as the panels hold, shared out evenly over the passes that it takes.
+  int64_t tokens_at_once() const {
+    const int64_t fit = std::clamp(kPanelBytes / int64_t(sizeof(T)) / depth_, k_.tokens, kMaxTokens);
+    const int64_t passes = (g_.M + fit - 1) / fit, share = (g_.M + passes - 1) / passes;
+    return (share + k_.tokens - 1) / k_.tokens * k_.tokens;
+  }
+
+  struct Panels {
+    T *x, *q;
+  };
+
+  // A few tokens in fp32: every thread forms p and q for itself, then its strips of y.
+  void run_dots() {
+    const Dense<float>& dense = kernels();
+    const Paged<float, P>& paged = kernels();
+    const auto task = [&](int64_t s0, int64_t s1) {
+      const int64_t count = g_.M * g_.r;
+      Arena arena(2 * Arena::padded<float>(count));
+      float *own = arena.take<float>(count), *q = arena.take<float>(count), *p = s0 == 0 ? g_.p : own;
+      dense.project({g_.x, g_.a, p, g_.K, g_.K, g_.r, g_.M, g_.K, g_.r, 1.f, nullptr, 0, false});
+      paged.rotate({p, g_.pages, g_.slots, q, g_.M, g_.r, float(g_.scale), false});
+      for (int64_t n = s0 * kStrip; n < std::min(s1 * kStrip, g_.N); n += kStrip) {
+        const int64_t columns = std::min(kStrip, g_.N - n);
+        float* y = g_.out + n;
+        // b is needed after the product, and would then be waited for.
+        for (int64_t j = 0; j < g_.r; ++j)
+          for (int64_t c = 0; c < columns; c += 16) __builtin_prefetch(g_.bt + j * g_.N + n + c);
+        dense.project({g_.x, weight_ + n * g_.K, y, g_.K, g_.K, g_.N, g_.M, g_.K, columns, 1.f, nullptr, 0, false});
+        if (bias_)
+          for (int64_t m = 0; m < g_.M; ++m)
+            for (int64_t c = 0; c < columns; ++c) y[m * g_.N + c] += bias_[n + c];
+        dense.expand({y, y, q, g_.bt + n, g_.N, g_.r, g_.N, g_.M, columns, g_.r, g_.slots, nullptr, 0, 0, false});
+      }
+    };
+    const int64_t strips = (g_.N + kStrip - 1) / kStrip;
+    g_.M* g_.K* g_.N < kInlineWork<T> ? task(0, strips) : parallel_for(strips, task);
+  }
+
+  int64_t bytes(int64_t count, bool own_p) const {
+    const int64_t rows = (count + k_.tokens - 1) / k_.tokens * k_.tokens;
+    return Arena::padded<T>(rows * depth_) + Arena::padded<T>(rows * rank_depth_) +
+           (own_p ? 2 : 1) * Arena::padded<float>(count * g_.r);
+  }
+  Panels take(Arena& arena, int64_t count) const {
+    const int64_t rows = (count + k_.tokens - 1) / k_.tokens * k_.tokens;
+    return {arena.take<T>(rows * depth_), arena.take<T>(rows * rank_depth_)};
+  }
+
+  // Tokens m .. m + count, which lie at token `at` of the panels: pack x, p = x aᵀ, q = s R p, pack q.
+  void prepare(int64_t m, int64_t count, const Panels& panels, int64_t at, float* q, float* p) const {
+    const Paged<float, P>& paged = kernels();
+    T* x = panels.x + at * depth_;
+    k_.pack({g_.x + m * g_.K, g_.K, count, g_.K, x});
+    k_.product({x, g_.a, g_.K, count, g_.K, 0, g_.r, nullptr, nullptr, nullptr, 0, 0, nullptr, p, g_.r});
+    paged.rotate({p, g_.pages, g_.slots ? g_.slots + m : nullptr, q, count, g_.r, float(g_.scale), false});
+    k_.pack_ranks({q, g_.r, count, g_.r, panels.q + at * rank_depth_});
+  }
+
+  void multiply(int64_t m, int64_t count, const Panels& panels, int64_t b0, int64_t b1) const {
+    k_.product({panels.x, weight_, g_.K, count, g_.K, b0 * kColumnGrain, std::min(b1 * kColumnGrain, g_.N), bias_,
+                panels.q, g_.bt, g_.N, g_.r, g_.out + m * g_.N, nullptr, g_.N});
+  }
+
+  const Forward<T, P>& g_;
+  const T *weight_, *bias_;
+  const Fused<T>& k_;
+  const int64_t depth_, rank_depth_;
+};
+
+}  // namespace
+
+template <class T, class P>
+bool fused(const Forward<T, P>& g, const T* weight, const T* bias) {
+  const Fused<T>& k = kernels();
+  if (k.product == nullptr || g.dropout != nullptr || g.r > kMaxRank) return false;
+  Call<T, P>(g, weight, bias, k).run();
+  return true;
+}
+
+template bool fused<float, float>(const Forward<float, float>&, const float*, const float*);
+template bool fused<bf16, bf16>(const Forward<bf16, bf16>&, const bf16*, const bf16*);
+template bool fused<bf16, float>(const Forward<bf16, float>&, const bf16*, const bf16*);
+
+}  // namespace loraxs::cpu

@@ -1,0 +1,135 @@
+// The fused product in fp32 by AVX-512: lanes are tokens, elements of W are broadcast. Included once per level.
+//
+// A block of R rows of W times V vectors of tokens keeps R * V sums in registers. W is read where it lies, 16 steps of
+// the depth out of every line, and needs no packing; tokens are packed once, so that the inner loop reads them in
+// order. The low-rank part is a few more steps of the same sum.
+#pragma once
+#include "cpu/project.h"
+#include "cpu/transpose.h"
+
+namespace loraxs::cpu {
+namespace {
+
+constexpr int64_t kLanes = 16, kPanelVecs = 3, kPanelTokens = kPanelVecs * kLanes;
+
+// Sums along K are taken in pieces of this many: the rounding error of a sum grows with its length, and a piece of a
+// panel (48 KiB) stays in L2 while rows of W go by.
+constexpr int64_t kSumPiece = 256;
+
+// Panels come from L2 and are asked for this many steps early.
+constexpr int kAheadSteps = 16;
+
+inline int64_t same_depth(int64_t K) { return K; }
+
+// Panels of up to 48 tokens, each [depth][tokens rounded up to 16].
+inline void pack_single(const Pack<float, float>& g) {
+  for (int64_t m0 = 0; m0 < g.M; m0 += kPanelTokens) {
+    const int64_t tokens = least(kPanelTokens, g.M - m0), vecs = (tokens + kLanes - 1) / kLanes;
+    float* panel = g.panel + m0 * g.depth;
+    for (int64_t v = 0; v < vecs; ++v)
+      for (int64_t k = 0; k < g.depth; k += kLanes) {
+        const int64_t width = least(kLanes, g.depth - k);
+        const __mmask16 mask = Vec<float>::first(int(width));
+        __m512i in[16], out[16];
+        for (int64_t i = 0; i < kLanes; ++i) {
+          const int64_t m = m0 + v * kLanes + i;
+          in[i] = m < g.M ? _mm512_maskz_loadu_epi32(mask, g.rows + m * g.ld + k) : _mm512_setzero_si512();
+        }
+        transpose_words(in, out);
+        for (int64_t i = 0; i < width; ++i) _mm512_store_si512(panel + ((k + i) * vecs + v) * kLanes, out[i]);
+      }
+  }
+}
+
+// sum[i][v] += panel[k][v] * w[i][k * step] for k < depth.
+template <int R, int V>
+[[gnu::always_inline]] inline void add_products(__m512 (&sum)[R][V], const float* panel, const float* const (&w)[R],
+                                                int64_t step, int64_t depth) {
+  for (int64_t k = 0; k < depth; ++k, panel += V * kLanes) {
+    __m512 x[V];
+    for (int v = 0; v < V; ++v) {
+      x[v] = _mm512_load_ps(panel + v * kLanes);
+      _mm_prefetch(reinterpret_cast<const char*>(panel + (kAheadSteps * V + v) * kLanes), _MM_HINT_T0);
+    }
+    for (int i = 0; i < R; ++i) {
+      const __m512 tw = _mm512_set1_ps(w[i][k * step]);
+      for (int v = 0; v < V; ++v) sum[i][v] = _mm512_fmadd_ps(x[v], tw, sum[i][v]);
+    }
+  }
+}
+
+// Tokens m .. m + 16 V, `rows` of the R columns from n: sums arrive with tokens in lanes and leave as rows of y.
+template <int R, int V>
+inline void store_block(const __m512 (&sum)[R][V], float* y, int64_t ldy, int64_t tokens, int64_t rows) {
+  constexpr int halves = 16 / R;  // vectors of tokens that one transposition turns
+  const __mmask16 mask = Vec<float>::first(int(rows));
+  for (int v = 0; v < V; v += halves) {
+    __m512i in[16], out[16];
+    for (int h = 0; h < halves; ++h)
+      for (int i = 0; i < R; ++i)
+        in[h * R + i] = v + h < V ? _mm512_castps_si512(sum[i][v + h < V ? v + h : 0]) : _mm512_setzero_si512();
+    transpose_words(in, out);
+    for (int h = 0; h < halves && v + h < V; ++h) {
+      const int64_t m0 = (v + h) * kLanes, count = least(kLanes, tokens - m0);
+      for (int64_t m = 0; m < count; ++m) {
+        const __m512i row = h == 0 ? out[m] : _mm512_shuffle_i64x2(out[m], out[m], 0x4e);
+        _mm512_mask_storeu_epi32(y + (m0 + m) * ldy, mask, row);
+      }
+    }
+  }
+}
+
+template <int R, int V>
+void product_block(const Product<float>& g, int64_t m, int64_t n, int64_t rows) {
+  const float *w[R], *b[R];
+  for (int i = 0; i < R; ++i) {
+    const int64_t column = n + least(i, rows - 1);  // past the end: repeat, do not store
+    w[i] = g.w + column * g.ldw;
+    b[i] = g.b + column;
+  }
+  const float* x = g.x + m * g.K;
+  __m512 total[R][V];
+  for (int64_t k = 0; k < g.K; k += kSumPiece) {
+    const int64_t depth = least(kSumPiece, g.K - k);
+    __m512 sum[R][V];
+    for (int i = 0; i < R; ++i)
+      for (int v = 0; v < V; ++v) sum[i][v] = _mm512_setzero_ps();
+    add_products<R, V>(sum, x + k * V * kLanes, w, 1, depth);
+    for (int i = 0; i < R; ++i) {
+      w[i] += depth;
+      for (int v = 0; v < V; ++v) total[i][v] = k == 0 ? sum[i][v] : _mm512_add_ps(total[i][v], sum[i][v]);
+    }
+  }
+  if (g.q) {
+    add_products<R, V>(total, g.q + m * g.r, b, g.ldb, g.r);
+  }
+  if (g.bias)
+    for (int i = 0; i < R; ++i)
+      for (int v = 0; v < V; ++v)
+        total[i][v] = _mm512_add_ps(total[i][v], _mm512_set1_ps(g.bias[n + least(i, rows - 1)]));
+  store_block<R, V>(total, (g.y ? g.y : g.p) + m * g.ldy + n, g.ldy, least(V * kLanes, g.M - m), rows);
+}
+
+inline void product_single(const Product<float>& g) {
+  // Few tokens: more rows instead, as independent sums hide the latency of a multiply-add.
+  const int64_t R = g.M <= kLanes ? 16 : 8;
+  for (int64_t n = g.n0; n < g.n1; n += R) {
+    const int64_t rows = least(R, g.n1 - n);
+    for (int64_t m = 0; m < g.M; m += kPanelTokens) {
+      const int64_t left = g.M - m;
+      if (R == 16)
+        product_block<16, 1>(g, m, n, rows);
+      else if (left > 2 * kLanes)
+        product_block<8, 3>(g, m, n, rows);
+      else if (left > kLanes)
+        product_block<8, 2>(g, m, n, rows);
+      else
+        product_block<8, 1>(g, m, n, rows);
+    }
+  }
+}
+
+constexpr Fused<float> fused_single{kPanelTokens, same_depth, same_depth, pack_single, pack_single, product_single};
+
+}  // namespace
+}  // namespace loraxs::cpu
