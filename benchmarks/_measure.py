@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
+import os
 import platform
 import random
+import shutil
 import statistics
 import subprocess
 import time
@@ -23,38 +26,48 @@ SLICE_SECONDS = 1e-3
 MIN_ROUNDS = 7
 
 
-def alternate(providers: Mapping[str, Callable[[], Any]], seconds: float) -> dict[str, list[float]]:
+def wall_clock(call: Callable[[], Any], repeat: int) -> float:
+    """Seconds that `repeat` calls take."""
+    start = time.perf_counter()
+    for _ in range(repeat):
+        call()
+    return time.perf_counter() - start
+
+
+def alternate(
+    providers: Mapping[str, Callable[[], Any]],
+    seconds: float,
+    stopwatch: Callable[[Callable[[], Any], int], float] = wall_clock,
+    rotate: bool = True,
+) -> dict[str, list[float]]:
     """Seconds per call of every provider, one sample a round, all providers in each round.
 
     Machines drift and share cores: a ratio is taken within a round, where both sides met the same conditions. The order
     is shuffled, so that nobody always runs in the caches that the same neighbour left, and then rotated once around, so
-    that everybody is first, and meets cold caches, equally often.
+    that everybody is first, and meets cold caches, equally often. Calls that outgrow all caches need no rotation.
 
     Args:
         providers: what to time, by name.
         seconds: time to spend on all of them together; `MIN_ROUNDS` rounds run in any case.
+        stopwatch: (call, repeat) -> seconds for `repeat` calls; for devices that work asynchronously.
+        rotate: whether a round goes once around; it then takes as many turns as there are providers.
     """
     names = list(providers)
     inner = {}
     for name in names:
         providers[name]()
-        start = time.perf_counter()
-        providers[name]()
-        inner[name] = max(1, min(100, int(SLICE_SECONDS / max(time.perf_counter() - start, 1e-7))))
+        inner[name] = max(1, min(100, int(SLICE_SECONDS / max(stopwatch(providers[name], 1), 1e-7))))
     samples: dict[str, list[float]] = {name: [] for name in names}
     end = time.perf_counter() + seconds
     shuffle = random.Random(0)
     while len(samples[names[0]]) < MIN_ROUNDS or time.perf_counter() < end:
         shuffle.shuffle(names)
-        for first in range(len(names)):
+        for first in range(len(names) if rotate else 1):
             for name in names[first:] + names[:first]:
                 call, repeat = providers[name], inner[name]
                 if repeat > 1:
                     call()
-                start = time.perf_counter()
-                for _ in range(repeat):
-                    call()
-                samples[name].append((time.perf_counter() - start) / repeat)
+                samples[name].append(stopwatch(call, repeat) / repeat)
     return samples
 
 
@@ -77,35 +90,85 @@ def summary(values: list[float]) -> dict[str, float]:
 
 def environment() -> dict[str, Any]:
     """What a reader needs to place a figure: device, threads, versions, instruction set, commit."""
-    import peft
-
     import loraxs_ext
     import loraxs_ext.ops  # noqa: F401  (loads the compiled ops that _C reports on)
-    from loraxs_ext import _C
     from loraxs_ext.cli import cpu_name
 
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    dirty = subprocess.run(["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True)
+    changes = _git("status", "--porcelain")
     return {
         "device": cpu_name(),
         "threads": torch.get_num_threads(),
-        "isa": _C.cpu_isa(),
+        **_compiled(),
         "torch": torch.__version__,
-        "peft": peft.__version__,
+        "peft": _installed("peft"),
         "loraxs_ext": loraxs_ext.__version__,
-        "compiler": _C.build_info()["compiler"],
         "python": platform.python_version(),
-        "commit": commit.stdout.strip() if commit.returncode == 0 else None,
-        "uncommitted_changes": bool(dirty.stdout.strip()),
+        "commit": _git("rev-parse", "HEAD"),
+        "uncommitted_changes": None if changes is None else bool(changes),
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
+
+
+def gpu_environment() -> dict[str, Any]:
+    """The same for figures of a CUDA device: what `environment` says of the processor moves to `host`."""
+    import loraxs_ext.ops
+    from loraxs_ext.cli import cpu_name
+
+    device = torch.cuda.get_device_properties(0)
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
+    found = subprocess.run(query, capture_output=True, text=True) if shutil.which("nvidia-smi") else None
+    return {
+        "device": device.name,
+        "host": cpu_name(),
+        "driver": found.stdout.strip() if found is not None and found.returncode == 0 else None,
+        "compute_capability": f"{device.major}.{device.minor}",
+        "multiprocessors": device.multi_processor_count,
+        "memory_bytes": device.total_memory,
+        "l2_bytes": device.L2_cache_size,
+        "cuda": torch.version.cuda,
+        "triton": _installed("triton"),
+        "backend": loraxs_ext.ops.backends.BACKEND,
+        "owners": {op: by_device["cuda"] for op, by_device in loraxs_ext.ops.backends.owners().items()},
+    }
+
+
+def _git(*arguments: str) -> str | None:
+    """What git says of this tree; None where there is no git, or the tree came without its history."""
+    if shutil.which("git") is None:
+        return None
+    found = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+    return found.stdout.strip() if found.returncode == 0 else None
+
+
+def _compiled() -> dict[str, str | None]:
+    """Instruction set and compiler of the compiled ops; None where they are not built."""
+    try:
+        from loraxs_ext import _C
+    except ImportError:
+        return {"isa": None, "compiler": None}
+    return {"isa": _C.cpu_isa(), "compiler": _C.build_info()["compiler"]}
+
+
+def _installed(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def write_results(name: str, rows: list[dict[str, Any]], **more: Any) -> Path:
     """benchmarks/results/<name>.json with the environment and one entry per measured cell."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    partial = path.with_suffix(".json.partial")
-    partial.write_text(json.dumps({"environment": environment(), **more, "rows": rows}, indent=1) + "\n")
-    partial.replace(path)
+    write_json(path, {"environment": environment(), **more, "rows": rows})
     return path
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write to a temporary name, sync and rename: `path` is complete whenever it exists."""
+    partial = path.with_suffix(".json.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(json.dumps(content, indent=1) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)

@@ -19,6 +19,7 @@ import torch
 
 from . import __version__, ops
 from .basis.cache import cache_directory
+from .commands import init
 
 REQUIRED = ("torch", "numpy", "safetensors", "transformers", "peft", "tqdm")
 OPTIONAL = ("triton", "accelerate")
@@ -212,7 +213,10 @@ def _as_text(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-COMMANDS = {"doctor": Command("print versions, devices and who computes each op", _doctor_arguments, _doctor)}
+COMMANDS = {
+    "init": Command(init.HELP, init.add_arguments, init.run),
+    "doctor": Command("print versions, devices and who computes each op", _doctor_arguments, _doctor),
+}
 
 if __name__ == "__main__":
     sys.exit(main())

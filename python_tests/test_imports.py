@@ -24,6 +24,7 @@ FLOORS = {
     "checkpoint": 3,
     "advisor": 3,
     "serve": 4,
+    "commands": 5,
     FACADE: 5,
     "cli": 6,
 }

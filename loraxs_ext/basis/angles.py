@@ -7,6 +7,10 @@ from torch import Tensor
 
 # Singular values up to this many eps · σ_1 are what rounding left of zero.
 ZERO_LEVEL = 16.0
+# Rounding turns the subspace by about eps / gap of σ² times (products) 4 σ_r ‖W‖_F/√n and (projection) 0.3 σ_1²/√n:
+# an upper estimate of what spectra with and without spikes showed in fp32. Ten times the tolerance is hopeless.
+_ROUNDING_PRODUCT, _ROUNDING_PROJECTION = 4.0, 0.3
+_HOPELESS = 10.0
 
 
 def _suffix(values: Tensor, end: Tensor, scan: str) -> Tensor:
@@ -50,18 +54,61 @@ def cut_bounds(
     return share.sum(-2).sqrt(), torch.where(before_cut, nearest, inf).amin(-2)
 
 
-def moved(vectors: Tensor, before: Tensor) -> Tensor:
-    """‖(I − P_i) V_i‖_F for i = 1…r: how far each leading part of a Krylov method's Ritz vectors turned.
+def ritz_angle(values: Tensor, squares: Tensor, rank: int, zero: Tensor, safety: float) -> tuple[Tensor, Tensor]:
+    """Estimated subspace error of the leading `rank` of a larger set of Ritz vectors, and the gap at the cut.
+
+    The residuals r_i are orthogonal to all of the vectors, so perturbation theory gives the wanted ones components
+    |r_i| / (θ_i − λ) outside of them, where λ is the largest eigenvalue out there, and |r_i| |r_j| / ((θ_i − λ)(θ_i −
+    θ_j)) along an unwanted vector j: a small gap at the cut matters in second order only.
 
     Args:
-        vectors: [b, w, w] coefficients of all Ritz vectors now, in descending order.
-        before: [b, w', r] those of the leading ones earlier, in the first w' ≤ w basis vectors.
+        values: [b, l] Ritz values θ = σ² in descending order, l > rank.
+        squares: [b, l] squared lengths of the residuals.
+        rank: vectors wanted.
+        zero: [b, 1] value up to which θ is zero.
+        safety: factor for what the estimate leaves out.
 
     Returns:
-        [b, r].
+        [b] estimates, and [b] gaps θ_r − θ_{r+1}, +inf where both are zero.
     """
-    overlap = (vectors[:, : before.shape[1]].mT @ before).square()
-    below = overlap.cumsum(-1).flip(-2).cumsum(-2).flip(-2)
-    below = torch.cat([below, torch.zeros_like(below[:, :1])], 1)
-    cut = torch.arange(before.shape[-1], device=vectors.device)
-    return below[:, cut + 1, cut].sqrt()
+    wanted, unwanted = values[:, :rank], values[:, rank:]
+    # If no direction was missed, every eigenvalue outside is below every unwanted one, which θ_j + |r_j| bounds.
+    level = (unwanted + squares[:, rank:].sqrt()).amin(-1, keepdim=True)
+    first = torch.where(wanted > zero, squares[:, :rank] / (wanted - level).square(), 0.0)
+    second = squares[:, None, rank:] / (wanted[..., None] - unwanted[:, None]).square()
+    second = torch.where((unwanted > zero)[:, None], second, 0.0).sum(-1)
+    estimate = safety * (first * (1.0 + second)).sum(-1).sqrt()
+    crossed = ((wanted <= level) & (wanted > zero)).any(-1)
+    gap = wanted[:, -1] - unwanted[:, 0]
+    return (
+        torch.where(crossed | estimate.isnan(), torch.inf, estimate),
+        torch.where(wanted[:, -1] > zero[:, 0], gap, torch.inf),
+    )
+
+
+def rounding_angle(theta: Tensor, scale: Tensor, gap: Tensor, dtype: torch.dtype, side: int) -> Tensor:
+    """How far rounding of products in `dtype` turns the leading subspace: an upper estimate.
+
+    Args:
+        theta: [b, r] squared singular values, descending.
+        scale: [b] Frobenius norms of the matrices.
+        gap: [b] of the squared singular values at the cut.
+        dtype: of the products.
+        side: the shorter one.
+
+    Returns:
+        [b] sines of angles.
+    """
+    products = _ROUNDING_PRODUCT * scale * theta[:, -1].sqrt()
+    return torch.finfo(dtype).eps / side**0.5 * (products + _ROUNDING_PROJECTION * theta[:, 0]) / gap
+
+
+def converged(drift: Tensor, rounding: Tensor, tol: float) -> Tensor:
+    """Whether to stop: the error meets `tol`, or rounding alone exceeds it and the rest is small, or it is hopeless.
+
+    Args:
+        drift: [b] estimated error of the iteration.
+        rounding: [b] estimated error of rounding.
+        tol: what both together should not exceed; some is left for the rounding of the result.
+    """
+    return (drift + rounding <= 0.9 * tol) | (drift <= 0.1 * tol) | (rounding > _HOPELESS * tol)

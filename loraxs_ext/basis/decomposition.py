@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,20 +14,28 @@ from tqdm import tqdm
 from .cache import BasisCache, Entry, cache_directory
 from .factors import Factors, place_sigma
 from .fingerprints import fingerprint
-from .precision import check_floating, finite_peaks, full_precision, multiply_rows, scale_exponents, times_power_of_two
+from .precision import check_floating, full_precision, multiply_rows, scale_exponents, times_power_of_two
 from .recipe import Recipe
 from .solver import Convergence, check_rank, solve, warn_unconverged
+from .streaming import Stack, Stager, chunk_bytes, prefetched
 
-# Weights that wait for others of their shape, in bytes of the dtype they are decomposed in: an accelerator wants many
-# at once; a CPU takes them one by one anyway.
-_CHUNK_BYTES_CPU, _CHUNK_BYTES_DEVICE = 64 << 20, 1 << 30
+# A CPU that decomposes is busy with that; an accelerator leaves it free to load, dequantise and copy what comes next.
+_PREFETCH_FOR = {"cuda"}
 
 
 class _Job(NamedTuple):
     name: str
-    weight: Tensor
     rank: int
     key: str | None
+    device: torch.device
+
+
+class _Found(NamedTuple):
+    """Weights of one kind that are to be decomposed together, or the stored entry of a single one."""
+
+    jobs: list[_Job]
+    stack: Stack | None = None
+    entry: Entry | None = None
 
 
 def decompose(
@@ -38,18 +47,22 @@ def decompose(
     progress: bool = True,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
+    compute_device: torch.device | str | None = None,
 ) -> dict[str, Factors]:
     """Frozen factors A and B of every weight of a model.
 
     Args:
         weights: by name, [N, K] tensors of fp32, fp64, bf16 or fp16, or functions that return one (for weights that are
-            dequantised or gathered on the way; each is called once, and few results of a shape are held at a time).
+            dequantised or gathered on the way; each is called once, in order, and few results are held at a time).
         ranks: by name, or one for all; between 1 and min(N, K).
         recipe: how the basis is chosen; the default recipe if None.
         cache_dir: directory of stored factors, "default" for $LORAXS_CACHE or ~/.cache/loraxs_ext, None for no cache.
         progress: show a bar.
         dtype: of a and bt; that of the decomposition if None (fp64 for fp64 weights, else fp32).
         device: of the results; that of each weight if None.
+        compute_device: where to decompose; on each weight's own device if None. Weights elsewhere are copied there in
+            chunks that fit its free memory; for a CUDA device, the next ones are loaded, dequantised and copied by a
+            thread while the last ones are decomposed.
 
     Returns:
         Factors by name, in the order of `weights`. The relation of a, bt and the weight holds to the rounding of one
@@ -66,65 +79,102 @@ def decompose(
     recipe = Recipe() if recipe is None else recipe
     directory = cache_directory(cache_dir)
     cache = None if directory is None else BasisCache(directory, recipe)
+    target = None if compute_device is None else torch.device(compute_device)
     done: dict[str, Factors] = {}
     measured: dict[str, Convergence] = {}
-    waiting: dict[tuple[object, ...], list[_Job]] = {}
+    groups = _groups(weights, ranks, cache, target)
+    if target is not None and target.type in _PREFETCH_FOR:
+        groups = prefetched(groups)
     with tqdm(total=len(weights), desc="basis", unit="matrix", disable=not progress, leave=False) as bar:
-
-        def finish(job: _Job, entry: Entry) -> None:
-            measured[job.name] = Convergence(float(entry.errors[-1]), float(entry.gaps[-1]), int(entry.steps))
-            place = job.weight.device if device is None else device
-            # Copies, because the entry is a part of larger tensors that would be kept, and saved, with it.
-            a, bt, s = (
-                part.to(device=place, dtype=kind).clone(memory_format=torch.contiguous_format)
-                for part, kind in ((entry.a, dtype), (entry.bt, dtype), (entry.s, None))
-            )
-            done[job.name] = Factors(a, bt, s, measured[job.name].error)
-            bar.update()
-
-        def flush(group: list[_Job]) -> None:
-            for job, entry in zip(group, _compute(group, recipe), strict=True):
-                if cache is not None and job.key is not None:
-                    cache.store(job.key, entry)
-                finish(job, entry)
-
-        # A function of its own, so that no variable keeps a weight alive while the next one is loaded.
-        def take(name: str, source: Tensor | Callable[[], Tensor]) -> None:
-            weight = (source if isinstance(source, Tensor) else source()).detach()
-            check_floating(weight, name)
-            if weight.ndim != 2:
-                raise ValueError(f"weight {name!r} must be a matrix [N, K], got shape {tuple(weight.shape)}")
-            rank = ranks if isinstance(ranks, int) else ranks[name]
-            check_rank(rank, weight.shape, name)
-            exact_dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-            job = _Job(name, weight, rank, None if cache is None else fingerprint(weight))
-            if cache is not None and job.key is not None:
-                entry = cache.load(job.key, (weight.shape[0], weight.shape[1]), exact_dtype, rank)
-                if entry is not None:
-                    return finish(job, entry)
-            kind = (weight.shape, exact_dtype, weight.device, rank)
-            waiting.setdefault(kind, []).append(job)
-            limit = _CHUNK_BYTES_CPU if weight.device.type == "cpu" else _CHUNK_BYTES_DEVICE
-            if len(waiting[kind]) * weight.numel() * exact_dtype.itemsize >= limit:
-                flush(waiting.pop(kind))
-
-        for name, source in weights.items():
-            take(name, source)
-        for group in waiting.values():
-            flush(group)
-    warn_unconverged(measured, recipe.tol)
+        for found in groups:
+            for job, entry in zip(found.jobs, _entries(found, recipe, cache), strict=True):
+                measured[job.name] = Convergence(float(entry.errors[-1]), float(entry.gaps[-1]), int(entry.steps))
+                place = job.device if device is None else device
+                # Copies, because the entry is a part of larger tensors that would be kept, and saved, with it.
+                a, bt, s = (
+                    part.to(device=place, dtype=kind).clone(memory_format=torch.contiguous_format)
+                    for part, kind in ((entry.a, dtype), (entry.bt, dtype), (entry.s, None))
+                )
+                done[job.name] = Factors(a, bt, s, measured[job.name].error, job.key)
+                bar.update()
+            # Nothing may keep these weights alive while the next ones are loaded.
+            del found
+    if recipe.svd != "reference":
+        warn_unconverged(measured, recipe.tol)
     return {name: done[name] for name in weights}
 
 
-def _compute(group: list[_Job], recipe: Recipe) -> list[Entry]:
-    """Entries of weights of one shape, dtype, device and rank."""
-    first = group[0]
-    dtype = torch.float64 if first.weight.dtype == torch.float64 else torch.float32
-    with full_precision(first.weight.device):
-        stack = torch.stack([job.weight.to(dtype) for job in group])
-        exponents = scale_exponents(finite_peaks(stack, [job.name for job in group]))
+def _groups(
+    weights: Mapping[str, Tensor | Callable[[], Tensor]],
+    ranks: Mapping[str, int] | int,
+    cache: BasisCache | None,
+    target: torch.device | None,
+) -> Iterator[_Found]:
+    """What to decompose, in chunks that fit the memory of the device; `target` is where, None for each weight's own."""
+    stagers: dict[torch.device, Stager] = {} if target is None else {target: Stager(target)}
+    waiting: dict[tuple[object, ...], list[tuple[_Job, Tensor]]] = {}
+
+    def flush(kind: tuple[object, ...]) -> _Found:
+        jobs, tensors = zip(*waiting.pop(kind), strict=True)
+        where = tensors[0].device if target is None else target
+        stager = stagers.get(where) or stagers.setdefault(where, Stager(where))
+        return _Found(list(jobs), stack=stager.stack(tensors, _exact_dtype(tensors[0])))
+
+    # A function of its own, so that no variable keeps a weight alive while the next one is loaded.
+    def take(name: str, source: Tensor | Callable[[], Tensor]) -> _Found | None:
+        if isinstance(source, Tensor):
+            weight = source.detach()
+        else:
+            with contextlib.nullcontext() if target is None else stagers[target].running():
+                weight = source().detach()
+        check_floating(weight, name)
+        if weight.ndim != 2:
+            raise ValueError(f"weight {name!r} must be a matrix [N, K], got shape {tuple(weight.shape)}")
+        rank = ranks if isinstance(ranks, int) else ranks[name]
+        check_rank(rank, weight.shape, name)
+        dtype = _exact_dtype(weight)
+        job = _Job(name, rank, None if cache is None else fingerprint(weight), weight.device)
+        if cache is not None and job.key is not None:
+            entry = cache.load(job.key, (weight.shape[0], weight.shape[1]), dtype, rank)
+            if entry is not None:
+                return _Found([job], entry=entry)
+        where = weight.device if target is None else target
+        kind = (weight.shape, dtype, where, rank)
+        waiting.setdefault(kind, []).append((job, weight))
+        full = len(waiting[kind]) * weight.numel() * dtype.itemsize >= chunk_bytes(where)
+        return flush(kind) if full else None
+
+    for name, source in weights.items():
+        found = take(name, source)
+        if found is not None:
+            yield found
+            del found
+    for kind in list(waiting):
+        yield flush(kind)
+
+
+def _exact_dtype(weight: Tensor) -> torch.dtype:
+    """What a weight is decomposed in: fp64 for fp64, else fp32."""
+    return torch.float64 if weight.dtype == torch.float64 else torch.float32
+
+
+def _entries(found: _Found, recipe: Recipe, cache: BasisCache | None) -> list[Entry]:
+    """The stored entry, or computed ones, which are stored."""
+    if found.stack is None:
+        return [] if found.entry is None else [found.entry]
+    entries = _compute(found.stack.wait(), found.jobs, recipe)
+    for job, entry in zip(found.jobs, entries, strict=True):
+        if cache is not None and job.key is not None:
+            cache.store(job.key, entry)
+    return entries
+
+
+def _compute(stack: Tensor, jobs: list[_Job], recipe: Recipe) -> list[Entry]:
+    """Entries of weights of one shape and rank, [b, N, K] in the dtype of the decomposition."""
+    with full_precision(stack.device):
+        exponents = scale_exponents(stack, [job.name for job in jobs])
         stack = times_power_of_two(stack, [-exponent for exponent in exponents])
-        found = solve(stack, first.rank, recipe)
+        found = solve(stack, jobs[0].rank, recipe)
         if recipe.sigma == "B":
             left, right = multiply_rows(found.right, stack.mT), found.right
         else:

@@ -29,6 +29,17 @@ class Subspace(NamedTuple):
     steps: Tensor
 
 
+def empty_subspace(short: Tensor, rank: int) -> Subspace:
+    """Room for the results of an iteration on `short` [b, n, m], to be filled in matrix by matrix."""
+    batch, n, _ = short.shape
+    return Subspace(
+        short.new_empty(batch, rank, n),
+        torch.zeros(batch, 1, dtype=torch.float64, device=short.device),
+        torch.full((batch, rank), torch.inf, dtype=torch.float64, device=short.device),
+        torch.zeros(batch, dtype=torch.int64, device=short.device),
+    )
+
+
 def gram_subspace(short: Tensor, rank: int) -> Subspace:
     """Top singular vectors from the complete fp64 eigendecomposition of the Gram matrix.
 

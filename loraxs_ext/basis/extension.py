@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .factors import Factors, place_sigma
 from .orthonormal import orthonormalize_rows
-from .precision import check_floating, finite_peaks, full_precision, scale_exponents, times_power_of_two
+from .precision import check_floating, full_precision, scale_exponents, times_power_of_two
 from .recipe import Recipe
 from .solver import canonical_signs, check_rank, solve, warn_unconverged
 
@@ -43,7 +43,7 @@ def extend(old: Factors, W: Tensor, rank: int, recipe: Recipe, *, name: str = "W
     mirrored = recipe.sigma == "B"
     with full_precision(W.device):
         stack = W[None].to(torch.float64 if W.dtype == torch.float64 else torch.float32)
-        exponents = scale_exponents(finite_peaks(stack, [name]))
+        exponents = scale_exponents(stack, [name])
         stack = times_power_of_two(stack, [-e for e in exponents])
         # The rows without singular values are the orthonormal ones; "sqrt" scales both, and is led by the left ones.
         side = stack.mT if mirrored else stack

@@ -20,12 +20,18 @@ class Factors(NamedTuple):
         bt: [r, N], the transpose of B, contiguous: rows are scaled left singular vectors.
         s: [r] singular values in the order of the vectors; fp32, or fp64 for fp64 weights.
         subspace_error: estimated sine of the largest angle between the span of the rows and the true singular subspace.
+        fingerprint: of the weight, where it was needed for a cache; else None.
     """
 
     a: Tensor
     bt: Tensor
     s: Tensor
     subspace_error: float
+    fingerprint: str | None = None
+
+    def cut(self, rank: int) -> Factors:
+        """The factors of a smaller rank."""
+        return self._replace(a=self.a[:rank], bt=self.bt[:rank], s=self.s[:rank])
 
 
 def place_sigma(

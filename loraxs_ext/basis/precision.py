@@ -30,6 +30,20 @@ def full_precision(device: torch.device) -> Iterator[None]:
                 backend.fp32_precision = precision
 
 
+@contextlib.contextmanager
+def reduced_precision(device: torch.device, *, enabled: bool) -> Iterator[None]:
+    """Run fp32 products of a device in TF32 (CUDA) or bf16 (CPU, where the processor has it), if `enabled`."""
+    on_cpu = device.type == "cpu"
+    backend = torch.backends.mkldnn.matmul if on_cpu else torch.backends.cuda.matmul  # type: ignore[attr-defined]
+    before = backend.fp32_precision
+    try:
+        if enabled:
+            backend.fp32_precision = "bf16" if on_cpu else "tf32"
+        yield
+    finally:
+        backend.fp32_precision = before
+
+
 def check_floating(weight: Tensor, name: str) -> None:
     """Refuse what is not a floating-point matrix with values.
 
@@ -64,9 +78,22 @@ def finite_peaks(W: Tensor, names: Sequence[str]) -> list[float]:
     return peaks
 
 
-def scale_exponents(peaks: Sequence[float]) -> list[int]:
-    """Even exponents e such that a matrix times 2^−e has entries of moderate size; 0 where it has already."""
-    exponents = [0 if peak == 0.0 else math.frexp(peak)[1] for peak in peaks]
+def scale_exponents(W: Tensor, names: Sequence[str]) -> list[int]:
+    """Even exponents e such that a matrix times 2^−e has entries of moderate size; 0 where it has already.
+
+    Args:
+        W: [b, N, K] of a float type, not empty.
+        names: b names for the error message.
+
+    Raises:
+        ValueError: a matrix contains NaN or Inf.
+    """
+    # One pass instead of two where it tells enough: the largest entry lies between the norm and norm / √(N K).
+    norms = torch.linalg.vector_norm(W, dim=(-2, -1)).tolist()
+    low, high = 2.0 ** (1 - _SAFE_EXPONENT) * (W.shape[-2] * W.shape[-1]) ** 0.5, 2.0 ** (_SAFE_EXPONENT - 1)
+    if all(low < norm < high for norm in norms):
+        return [0] * len(norms)
+    exponents = [0 if peak == 0.0 else math.frexp(peak)[1] for peak in finite_peaks(W, names)]
     return [0 if abs(e) <= _SAFE_EXPONENT else e - e % 2 for e in exponents]
 
 

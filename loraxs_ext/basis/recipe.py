@@ -8,7 +8,8 @@ from typing import Any, Literal, get_args
 
 SigmaPlacement = Literal["A", "sqrt", "B"]
 Vectors = Literal["top", "middle", "bottom", "random"]
-Decomposition = Literal["converged", "exact"]
+Decomposition = Literal["converged", "exact", "reference"]
+SklearnSigns = Literal["rows of A", "columns of B"]
 
 # Version of the random numbers, sign rule and completion: a change of any of them changes computed bases.
 SKETCH_VERSION = 1
@@ -27,7 +28,12 @@ class Recipe:
         vectors: which singular vectors. "top": from the largest down; "bottom": from the smallest up; "middle":
             outward from the centre of the spectrum; "random": a permutation fixed by `seed`.
         svd: "converged" iterates to `tol` and takes the exact path where that is cheaper; "exact" always decomposes
-            completely. Choices of vectors other than "top" are always exact.
+            completely; choices of vectors other than "top" are always exact. "reference" repeats the ten power
+            iterations of the LoRA-XS code, from the same start (scikit-learn's TruncatedSVD(r, n_iter=10,
+            random_state=42)): not converged, but an R that was trained on such a basis means the same on this one. It
+            uses no other field but `sigma` and `sklearn_signs`, and its ranks are not nested.
+        sklearn_signs: for svd="reference", whose largest entries are positive: "rows of A" in scikit-learn ≤ 1.4,
+            which the LoRA-XS code pins, "columns of B" in ≥ 1.5.
         n_oversamples: Ritz vectors beyond the rank that survive a restart of the iteration, at least 1.
         tol: bound on the sine of the largest angle between the computed and the true singular subspace.
         max_iter: bound on the number of Lanczos steps (two products with the weight each).
@@ -41,6 +47,7 @@ class Recipe:
     sigma: SigmaPlacement = "A"
     vectors: Vectors = "top"
     svd: Decomposition = "converged"
+    sklearn_signs: SklearnSigns = "rows of A"
     n_oversamples: int = 32
     tol: float = 1e-3
     max_iter: int = 100
@@ -52,9 +59,12 @@ class Recipe:
             ("sigma", get_args(SigmaPlacement)),
             ("vectors", get_args(Vectors)),
             ("svd", get_args(Decomposition)),
+            ("sklearn_signs", get_args(SklearnSigns)),
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
+        if self.svd == "reference" and self.vectors != "top":
+            raise ValueError(f"svd='reference' has the top vectors only, got vectors={self.vectors!r}")
         for name in ("n_oversamples", "max_iter"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")

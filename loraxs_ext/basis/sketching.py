@@ -61,7 +61,12 @@ def compare_sketch(stored: Tensor, factors: Factors) -> tuple[Tensor, Tensor]:
     """
     if stored.ndim != 2 or stored.shape[0] != 2 * _PROBES + 1:
         raise ValueError(f"stored must be a sketch of shape [5, r], got {tuple(stored.shape)}")
-    ours, theirs = sketch(factors, stored.shape[1]).double(), stored.detach().double().cpu()
+    return compare_sketches(stored, sketch(factors, stored.shape[1]))
+
+
+def compare_sketches(stored: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    """`compare_sketch` where of both bases only the sketches, [5, r], are at hand."""
+    ours, theirs = other.detach().double().cpu(), stored.detach().double().cpu()
     signs = torch.where((ours[:-1] * theirs[:-1]).sum(0) < 0, -1.0, 1.0)
     apart = torch.linalg.vector_norm(theirs[:-1] - signs * ours[:-1], dim=0)
     size = torch.maximum(torch.linalg.vector_norm(theirs[:-1], dim=0), torch.linalg.vector_norm(ours[:-1], dim=0))

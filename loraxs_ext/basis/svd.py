@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, overload
+from typing import Literal, NamedTuple, get_args, overload
 
 import torch
 from torch import Tensor
 
-from .precision import check_floating, finite_peaks, full_precision, scale_exponents, times_power_of_two
+from loraxs_ext.ops.backends import compose
+
+from .precision import check_floating, full_precision, scale_exponents, times_power_of_two
 from .recipe import Recipe, Vectors
 from .solver import Method, check_rank, solve, warn_unconverged
 
@@ -96,7 +98,7 @@ def randomized_svd(
         vectors: "top" from the largest down; "bottom" from the smallest up; "middle" outward from the centre of the
             spectrum; "random" a permutation fixed by the seed. The first r of a larger rank are those of a smaller one.
             All but "top" need a complete decomposition, at O(N K min(N, K)) cost.
-        method: "auto", "block_lanczos" or "exact".
+        method: "block_lanczos", "chebyshev", "exact", or "auto", which picks one for the shape and device.
         diagnostics: also return what was measured.
 
     Returns:
@@ -110,8 +112,8 @@ def randomized_svd(
         RuntimeWarning: the tolerance was not met, with the error, the gap and the number of steps.
     """
     recipe = Recipe(vectors=vectors, n_oversamples=n_oversamples, tol=tol, max_iter=max_iter, seed=seed)
-    if method not in ("auto", "block_lanczos", "exact"):
-        raise ValueError(f"method must be 'auto', 'block_lanczos' or 'exact', got {method!r}")
+    if method not in get_args(Method):
+        raise ValueError(f"method must be one of {get_args(Method)}, got {method!r}")
     check_floating(W, "W")
     check_rank(rank, W.shape, "W")
     lead, (N, K) = W.shape[:-2], W.shape[-2:]
@@ -124,7 +126,7 @@ def randomized_svd(
             measured = Diagnostics(zero, zero[..., None].expand(*lead, rank), zero, zero.long())
             return (SVD(*empty), measured) if diagnostics else SVD(*empty)
         names = ["W"] if not lead else [f"W[{i}]" for i in range(len(stack))]
-        exponents = scale_exponents(finite_peaks(stack, names))
+        exponents = scale_exponents(stack, names)
         stack = times_power_of_two(stack.to(dtype).contiguous(), [-e for e in exponents])
         found = solve(stack, rank, recipe, method)
     warn_unconverged(dict(zip(names, found.convergence(), strict=True)), tol)
@@ -138,3 +140,14 @@ def randomized_svd(
     errors = found.errors.reshape(*lead, rank)
     measured = Diagnostics(errors[..., -1], errors, found.gaps[:, -1].reshape(lead), found.steps.reshape(lead))
     return result, measured
+
+
+def _owner(
+    W: Tensor, rank: int, n_oversamples: int = 32, tol: float = 1e-3, max_iter: int = 100, seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    found = randomized_svd(W, rank, n_oversamples=n_oversamples, tol=tol, max_iter=max_iter, seed=seed)
+    return found.U.mT.contiguous().mT, found.S.contiguous(), found.Vh.contiguous()
+
+
+compose("randomized_svd", "cpu", "block Lanczos", _owner)
+compose("randomized_svd", "cuda", "Chebyshev-filtered subspace iteration", _owner)

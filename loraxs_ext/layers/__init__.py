@@ -6,6 +6,7 @@ from .layer import BasisPolicy, LoraXSLayer
 from .linear import LoraXSLinear
 from .merge import MergeLossWarning, delta_weight, rounding_loss
 from .routing import BASE, Route, build_route, routed
+from .stacked import SharedProjection, share_projections
 
 __all__ = [
     "BASE",
@@ -15,9 +16,11 @@ __all__ = [
     "LoraXSLinear",
     "MergeLossWarning",
     "Route",
+    "SharedProjection",
     "build_route",
     "delta_weight",
     "initial_core",
     "rounding_loss",
     "routed",
+    "share_projections",
 ]

@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .core import CoreMatrix, InitWeights, initial_core
 from .routing import Route
+from .stacked import SharedProjection
 
 
 class BasisPolicy(Protocol):
@@ -54,6 +55,7 @@ class LoraXSLayer(nn.Module, BaseTunerLayer):
     in_features: int
     out_features: int
     route: Route | None = None
+    siblings: SharedProjection | None = None
     base_fingerprint: str | None = None
 
     def __init__(self, base_layer: nn.Module, key: str, **quantization: Any) -> None:

@@ -11,12 +11,14 @@ import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from peft.utils import quantization_extra_repr
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from loraxs_ext import ops
 
 from .layer import LoraXSLayer
 from .merge import LOSS_WORTH_A_WARNING, MergeLossWarning, delta_weight, rounding_loss
 from .routing import Route, pad
+from .stacked import SHARE_ON_CPU
 
 
 class LowRankPath(NamedTuple):
@@ -65,8 +67,16 @@ class LoraXSLinear(LoraXSLayer):
         if paths and type(base) is nn.Linear and not (args or kwargs) and _is_fusable(base, x, paths[0].a.dtype):
             a, b, pages, slots, scale, p_drop = paths.pop(0)
             frozen: Any = base._parameters
-            rng = _draw_rng(x) if p_drop else None
-            y = ops.linear(x, frozen["weight"], frozen["bias"], a, b, pages, slots, scale, p_drop=p_drop, rng=rng)
+            weight, bias = frozen["weight"], frozen["bias"]
+            p = None
+            # A compiler sees through separate projections, and each layer drops other entries of x.
+            if self.siblings is not None and not p_drop and (x.is_cuda or SHARE_ON_CPU) and not is_compiling():
+                p = self.siblings.take(self, x, a)
+            if p is not None:
+                y = ops.linear_projected(x, weight, bias, p, a, b, pages, slots, scale)
+            else:
+                rng = _draw_rng(x) if p_drop else None
+                y = ops.linear(x, weight, bias, a, b, pages, slots, scale, p_drop=p_drop, rng=rng)
         else:
             y = base(x, *args, **kwargs)
         for path in paths:

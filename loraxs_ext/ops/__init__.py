@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, is_grad_enabled
 from torch.compiler import is_compiling
@@ -11,16 +9,17 @@ from torch.compiler import is_compiling
 from . import backends as backends
 from . import contract as contract
 from . import reference as reference
-from .autograd import AddDeltaFunction, LinearFunction
+from .autograd import AddDeltaFunction, LinearFunction, RowScaleFunction
+from .casting import autocast, wants_autocast
+from .stacked import Site, linear_projected, linear_stack, project
 
 _linear = torch.ops.loraxs.linear.default
 _linear_unwrapped = torch.ops.loraxs._linear.default
 _add_delta = torch.ops.loraxs.add_delta.default
 _add_delta_unwrapped = torch.ops.loraxs._add_delta.default
+_row_scale = torch.ops.loraxs.row_scale.default
+_row_scale_unwrapped = torch.ops.loraxs._row_scale.default
 _add_delta_ = torch.ops.loraxs.add_delta_.default
-
-# One look at all devices; asking for the device of x first takes three calls of a path that every token runs through.
-_any_autocast_enabled = torch._C._is_any_autocast_enabled
 
 
 def linear(
@@ -50,13 +49,14 @@ def linear(
         rng: int64 [2] = (seed, offset) of the mask, on the device of x; needed when p_drop > 0.
 
     Returns:
-        y [..., N] in the dtype of x. Under autocast, x and the frozen tensors are cast first.
+        y [..., N] in the dtype of x. Under autocast, x and the frozen tensors are cast first. A fused owner sums in
+        another order than torch's own linear, so a base row equals that one's to rounding.
 
     Raises:
         ValueError or RuntimeError: an argument does not fit the contract; the message names it.
     """
-    if _any_autocast_enabled() and torch.is_autocast_enabled(x.device.type):
-        x, weight, bias, a, b = _autocast(x, weight, bias, a, b)
+    if wants_autocast(x):
+        x, weight, bias, a, b = autocast(x, weight, bias, a, b)
     args = (x, weight, bias, a, b, pages, slots, scale, p_drop, rng)
     if is_compiling():
         return _linear(*args)[0]
@@ -88,8 +88,8 @@ def add_delta(
     Returns:
         a new tensor [..., N] in the dtype of y.
     """
-    if _any_autocast_enabled() and torch.is_autocast_enabled(x.device.type):
-        y, x, a, b = _autocast(y, x, a, b)
+    if wants_autocast(x):
+        y, x, a, b = autocast(y, x, a, b)
     args = (y, x, a, b, pages, slots, scale, p_drop, rng)
     if is_compiling():
         return _add_delta(*args)[0]
@@ -115,11 +115,61 @@ def add_delta_(
     return y
 
 
-def _autocast(*tensors: Any) -> list[Any]:
-    """Cast to autocast's dtype as torch does for `F.linear`: everything but fp64. Pages keep their own dtype."""
-    device = next(t.device.type for t in tensors if t is not None)
-    dtype = torch.get_autocast_dtype(device)
-    return [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]
+def row_scale(
+    rho: Tensor,
+    b: Tensor,
+    pages: Tensor,
+    sigma: Tensor | None,
+    m: Tensor,
+    scale: float = 1.0,
+    *,
+    c: Tensor | None = None,
+    root: Tensor | None = None,
+    through_norm: bool = False,
+) -> Tensor:
+    """g_i = m_i / ‖w_i + scale · b_i R a‖: the factor that gives row i of the adapted weight the length m_i.
+
+    For adapters with a magnitude (DoRA, Liu et al. 2024; EDoRA, Nasiri and Garraghan 2025): y = g ∘ (x (W + ΔW)ᵀ).
+    Neither W nor ΔW is formed or read; of W only its part outside and within the row space of a is cached. The sum of
+    squares ρ_i + ‖c_i + scale · b_i R L‖² has no negative term, so nothing cancels.
+
+    Args:
+        rho: [N], fp32 (fp64 if b is fp64): squared length of w_i outside the row space of a, best computed in fp64.
+        b: [N, r], fp32, bf16, fp16 or fp64, frozen.
+        pages: [S, r, r], dtype of b or fp32: the R of every slot.
+        sigma: [r] in the dtype of rho. The short form for a converged basis, without c and root: singular values when
+            a = Σ Vᵀ and b = U (the reference's placement); None when a = Vᵀ and b = U Σ.
+        m: [S, N], dtype of b or fp32: the magnitudes of every slot.
+        scale: s, usually alpha / r.
+        c, root: [N, r] and [r, r] in the dtype of rho, for any basis, converged or not: from a = L Qᵀ with QᵀQ = 1
+            (`torch.linalg.qr(a.mT)` gives Q and Lᵀ), c = W Q and root = L. Both or neither.
+        through_norm: False treats the norm as a constant of the backward, as DoRA does: only m receives a gradient.
+            True differentiates it too: pages receives its exact gradient.
+
+    Returns:
+        g [S, N] in the dtype of m, computed in the dtype of rho; 0 in rows without length.
+
+    Raises:
+        ValueError: an argument does not fit the contract, or a frozen one requires a gradient; the message names it.
+    """
+    args = (rho, b, pages, sigma, m, scale, c, root, through_norm)
+    if is_compiling():
+        return _row_scale(*args)[0]
+    if is_grad_enabled() and (m.requires_grad or (through_norm and pages.requires_grad)):
+        return RowScaleFunction.apply(*args)
+    return _row_scale_unwrapped(*args)[0]
 
 
-__all__ = ["add_delta", "add_delta_", "backends", "contract", "linear", "reference"]
+__all__ = [
+    "Site",
+    "add_delta",
+    "add_delta_",
+    "backends",
+    "contract",
+    "linear",
+    "linear_projected",
+    "linear_stack",
+    "project",
+    "reference",
+    "row_scale",
+]

@@ -12,16 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import reference
 from .contract import LIBRARY
 
 _LINEAR = torch.ops.loraxs._linear.default
 _ADD_DELTA = torch.ops.loraxs._add_delta.default
+_ROW_SCALE = torch.ops.loraxs._row_scale.default
 _BACKWARD = torch.ops.loraxs.linear_backward.default
 
 
 def _refuse_frozen(op: str, needs_grad: tuple[bool, ...], **positions: int) -> None:
     for name, index in positions.items():
-        if needs_grad[index]:
+        # The dispatcher drops trailing arguments that have their default values.
+        if index < len(needs_grad) and needs_grad[index]:
             raise ValueError(
                 f"loraxs::{op}: {name}: expected a frozen tensor (requires_grad=False), got requires_grad=True; "
                 f"no gradient is computed for it"
@@ -74,8 +77,32 @@ def _run_backward(ctx: Any, dy: Tensor, need_dx: bool, need_dpages: bool) -> tup
     return dx if need_dx else None, dpages if need_dpages else None
 
 
+def _row_scale_setup(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    rho, b, pages, sigma, m, scale, c, root, through_norm = inputs
+    _refuse_frozen("row_scale", ctx.needs_input_grad, rho=0, b=1, sigma=3, c=6, root=7)
+    # Without the norm's own gradient, all that g = m / norm needs is 1 / norm.
+    ctx.through_norm = through_norm and ctx.needs_input_grad[2]
+    ctx.save_for_backward(output[1], *((b, pages, sigma, m, c, root) if ctx.through_norm else ()))
+    ctx.scale, ctx.dtype = scale, m.dtype
+    ctx.set_materialize_grads(False)
+
+
+def _row_scale_backward(ctx: Any, dg: Tensor | None, _dinverse: Tensor | None) -> tuple:
+    if dg is None:
+        return (None,) * 9
+    inverse_norm, *frozen = ctx.saved_tensors
+    dpages = None
+    if ctx.through_norm:
+        b, pages, sigma, m, c, root = frozen
+        dpages = reference.row_scale_backward(dg, inverse_norm, b, pages, sigma, m, ctx.scale, c, root)
+    dm = (dg * inverse_norm).to(ctx.dtype) if ctx.needs_input_grad[4] else None
+    return None, None, dpages, None, dm, None, None, None, None
+
+
 torch.library.register_autograd("loraxs::linear", _linear_backward, setup_context=_linear_setup, lib=LIBRARY)
 torch.library.register_autograd("loraxs::add_delta", _add_delta_backward, setup_context=_add_delta_setup, lib=LIBRARY)
+
+torch.library.register_autograd("loraxs::row_scale", _row_scale_backward, setup_context=_row_scale_setup, lib=LIBRARY)
 
 
 class LinearFunction(torch.autograd.Function):
@@ -106,6 +133,21 @@ class AddDeltaFunction(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple:
         _refuse_twice("add_delta")
         return _add_delta_backward(ctx, grads[0], None)
+
+
+class RowScaleFunction(torch.autograd.Function):
+    """g of `loraxs::row_scale` for eager training, with the arguments of the op."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        output = _ROW_SCALE(*inputs)
+        _row_scale_setup(ctx, inputs, output)
+        return output[0]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple:
+        _refuse_twice("row_scale")
+        return _row_scale_backward(ctx, grads[0], None)
 
 
 def _refuse_twice(op: str) -> None:

@@ -47,11 +47,28 @@ OPS: Mapping[str, OpContract] = {
         "Tensor? rng=None) -> (Tensor out, Tensor p)",
         "x[*,K] y[*,N] a[r,K] b[N,r] pages[S,r,r] slots?[M] rng?[2]",
     ),
+    "project": OpContract("(Tensor x, Tensor a) -> Tensor p", "x[*,K] a[r,K]"),
+    "linear_projected": OpContract(
+        "(Tensor x, Tensor weight, Tensor? bias, Tensor p, Tensor a, Tensor b, Tensor pages, Tensor? slots, "
+        "float scale) -> Tensor y",
+        "x[*,K] weight[N,K] bias?[N] a[r,K] b[N,r] pages[S,r,r] slots?[M] p[M,r]",
+    ),
+    "row_scale": OpContract(
+        "(Tensor rho, Tensor b, Tensor pages, Tensor? sigma, Tensor m, float scale, Tensor? c=None, "
+        "Tensor? root=None, bool through_norm=False) -> (Tensor g, Tensor inverse_norm)",
+        "b[N,r] rho[N] pages[S,r,r] sigma?[r] m[S,N] c?[N,r] root?[r,r]",
+    ),
+    "orthonormalize": OpContract("(Tensor Y) -> Tensor", "Y[batch,n,k]"),
+    "randomized_svd": OpContract(
+        "(Tensor W, int rank, int n_oversamples=32, float tol=0.001, int max_iter=100, int seed=0) -> "
+        "(Tensor U, Tensor S, Tensor Vh)",
+        "W[batch,N,K]",
+    ),
 }
 
 # The same kernels under a second name that no autograd is registered for. Eager code calls these, because the layer
 # that `register_autograd` puts around an op costs as much as the op's own overhead, even when no gradient is wanted.
-UNWRAPPED = {"linear": "_linear", "add_delta": "_add_delta"}
+UNWRAPPED = {name: f"_{name}" for name in ("linear", "add_delta", "linear_projected", "row_scale")}
 
 for _name, _op in OPS.items():
     LIBRARY.define(_name + _op.schema)
@@ -64,12 +81,17 @@ _SHAPES = {
     for op, entry in OPS.items()
 }
 # The arguments that carry activations and weights share one dtype; what is absent here has a rule of its own below.
-_SAME_DTYPE = ("x", "dy", "y", "weight", "bias", "a", "b")
+_SAME_DTYPE = ("x", "dy", "y", "weight", "bias", "a", "b", "Y", "W")
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of sums and of p: fp64 for fp64, else fp32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def tensors_of(op: str) -> list[str]:
+    """The names of the tensor arguments of `op`."""
+    return [name for name, _, _ in _SHAPES[op]]
 
 
 def check(op: str, p_drop: float = 0.0, **tensors: Tensor | None) -> None:
@@ -109,14 +131,27 @@ def check(op: str, p_drop: float = 0.0, **tensors: Tensor | None) -> None:
         if tensor.device != first[2]:
             raise ValueError(f"loraxs::{op}: {name}: expected device {first[2]} (as {first[0]}), got {tensor.device}")
         _check_dtype(op, name, tensor.dtype, *first[:2])
-    if sizes["r"] < 1:
-        raise ValueError(f"loraxs::{op}: a: expected a rank of at least 1, got 0")
-    if sizes["S"] < 1:
+    if sizes.get("r", 1) < 1:
+        raise ValueError(f"loraxs::{op}: {'a' if 'a' in tensors else 'b'}: expected a rank of at least 1, got 0")
+    if sizes.get("S", 1) < 1:
         raise ValueError(f"loraxs::{op}: pages: expected at least one slot, got 0")
+    if op == "orthonormalize" and sizes["k"] > sizes["n"]:
+        raise ValueError(f"loraxs::{op}: Y: expected at most n={sizes['n']} columns of length n, got {sizes['k']}")
+    if op == "row_scale":
+        _check_one_form(tensors["sigma"], tensors["c"], tensors["root"])
     if not 0.0 <= p_drop < 1.0:
         raise ValueError(f"loraxs::{op}: p_drop: expected a probability in [0, 1), got {p_drop}")
     if p_drop > 0.0 and tensors["rng"] is None:
         raise ValueError(f"loraxs::{op}: rng: expected int64 [2] = (seed, offset) because p_drop is {p_drop}, got None")
+
+
+def _check_one_form(sigma: Tensor | None, c: Tensor | None, root: Tensor | None) -> None:
+    """c and root describe any basis together; sigma describes a converged one."""
+    if (c is None) != (root is None):
+        given, missing = ("c", "root") if root is None else ("root", "c")
+        raise ValueError(f"loraxs::row_scale: {missing}: expected a tensor because {given} is given, got None")
+    if c is not None and sigma is not None:
+        raise ValueError("loraxs::row_scale: sigma: expected None because c and root are given, got a tensor")
 
 
 def _bind(sizes: dict[str, int], dim: str, n: int) -> int:
@@ -134,9 +169,9 @@ def _product(shape: tuple[int, ...]) -> int:
 def _check_dtype(op: str, name: str, dtype: torch.dtype, first: str, first_dtype: torch.dtype) -> None:
     if name in _SAME_DTYPE:
         allowed: tuple[torch.dtype, ...] = (first_dtype,)
-    elif name == "pages":
+    elif name in ("pages", "m"):
         allowed = (first_dtype, torch.float32)
-    elif name == "p":
+    elif name in ("p", "rho", "sigma", "c", "root"):
         allowed = (accumulate_dtype(first_dtype),)
     else:
         allowed = (torch.int32,) if name == "slots" else (torch.int64,)
@@ -169,6 +204,51 @@ def _add_delta_inplace_fake(y, x, a, b, pages, slots, scale, p_drop=0.0, rng=Non
 def _add_delta_fake(y, x, a, b, pages, slots, scale, p_drop=0.0, rng=None):
     check("add_delta", p_drop, y=y, x=x, a=a, b=b, pages=pages, slots=slots, rng=rng)
     return y.new_empty(y.shape), _fake_p(x, a)
+
+
+@torch.library.register_fake("loraxs::_row_scale", lib=LIBRARY)
+@torch.library.register_fake("loraxs::row_scale", lib=LIBRARY)
+def _row_scale_fake(rho, b, pages, sigma, m, scale, c=None, root=None, through_norm=False):
+    check("row_scale", rho=rho, b=b, pages=pages, sigma=sigma, m=m, c=c, root=root)
+    return m.new_empty(m.shape), m.new_empty(m.shape, dtype=rho.dtype)
+
+
+@torch.library.register_fake("loraxs::project", lib=LIBRARY)
+def _project_fake(x, a):
+    check("project", x=x, a=a)
+    return _fake_p(x, a)
+
+
+@torch.library.register_fake("loraxs::_linear_projected", lib=LIBRARY)
+@torch.library.register_fake("loraxs::linear_projected", lib=LIBRARY)
+def _linear_projected_fake(x, weight, bias, p, a, b, pages, slots, scale):
+    check("linear_projected", x=x, weight=weight, bias=bias, p=p, a=a, b=b, pages=pages, slots=slots)
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+@torch.library.register_fake("loraxs::orthonormalize", lib=LIBRARY)
+def _orthonormalize_fake(Y):
+    check("orthonormalize", Y=Y)
+    return Y.new_empty(Y.mT.shape, dtype=accumulate_dtype(Y.dtype)).mT
+
+
+@torch.library.register_fake("loraxs::randomized_svd", lib=LIBRARY)
+def _randomized_svd_fake(W, rank, n_oversamples=32, tol=1e-3, max_iter=100, seed=0):
+    check("randomized_svd", W=W)
+    check_rank(W, rank)
+    batch, N, K = W.shape
+    dtype = accumulate_dtype(W.dtype)
+    return (
+        W.new_empty(batch, rank, N, dtype=dtype).mT,
+        W.new_empty(batch, rank, dtype=dtype),
+        W.new_empty(batch, rank, K, dtype=dtype),
+    )
+
+
+def check_rank(W: Tensor, rank: int) -> None:
+    """Raise ValueError unless the matrices W [batch, N, K] have `rank` singular triplets."""
+    if not 1 <= rank <= min(W.shape[1:]):
+        raise ValueError(f"loraxs::randomized_svd: rank: expected 1 to {min(W.shape[1:])} = min(N, K), got {rank}")
 
 
 def _fake_p(x: Tensor, a: Tensor) -> Tensor:

@@ -15,8 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .contract import accumulate_dtype
+from .contract import accumulate_dtype, check_rank
+from .orthonormal import orthonormalize_rows
 from .philox import keep_mask
+from .probes import SIGN, probes
 
 
 def linear(
@@ -65,13 +67,7 @@ def add_delta(
     """y + s · ((drop(x) aᵀ) R_slotᵀ) bᵀ and p; arguments as in `linear`, with y [..., N] in the dtype of x."""
     acc = accumulate_dtype(x.dtype)
     p = _drop(_rows(x).to(acc), p_drop, rng) @ a.to(acc).T
-    q = _apply_pages(p, pages, slots)
-    flat = _rows(y)
-    out = (flat.to(acc) + scale * (q @ b.to(acc).T)).to(y.dtype)
-    if slots is not None:
-        # A base row stays what it was to the last bit: −0.0 + 0.0 would already change it.
-        out = torch.where((slots >= 0)[:, None], out, flat)
-    return out.reshape(y.shape), p
+    return _add_projected(y, p, b, pages, slots, scale), p
 
 
 def linear_backward(
@@ -129,6 +125,172 @@ def add_delta_(
 ) -> None:
     """`add_delta` written into y."""
     y.copy_(add_delta(y, x, a, b, pages, slots, scale, p_drop, rng)[0])
+
+
+def project(x: Tensor, a: Tensor) -> Tensor:
+    """p = x aᵀ [M, r] in the accumulation dtype, for x [..., K] and a [r, K]: what `linear` projects without dropout.
+
+    a may be the bases of several layers that read one x, one below the other; each then takes its columns of p.
+    """
+    acc = accumulate_dtype(x.dtype)
+    return _rows(x).to(acc) @ a.to(acc).T
+
+
+def linear_projected(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    p: Tensor,
+    a: Tensor,
+    b: Tensor,
+    pages: Tensor,
+    slots: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """y of `linear` for a p = x aᵀ that is known already.
+
+    Args:
+        p: [M, r] in the accumulation dtype, of any strides.
+        a: the basis that p was projected with; only the backward reads it.
+        x, weight, bias, b, pages, slots, scale: as in `linear`.
+    """
+    return _add_projected(F.linear(x, weight, bias).contiguous(), p, b, pages, slots, scale)
+
+
+def row_scale(
+    rho: Tensor,
+    b: Tensor,
+    pages: Tensor,
+    sigma: Tensor | None,
+    m: Tensor,
+    scale: float,
+    c: Tensor | None = None,
+    root: Tensor | None = None,
+    through_norm: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """g_i = m_i / ‖w_i + s · b_i R a‖ for the rows w_i of W, from what is cached of W: O(N r²), nothing of width K.
+
+    Let a = L Qᵀ with orthonormal columns in Q. Then w_i + s b_i R a has the component w_i − w_i Q Qᵀ outside the row
+    space of a, which no R changes, and the coordinates w_i Q + s b_i R L within it. Two squares are added and none is
+    subtracted, so nothing cancels, not even as R → −I/s (cf. EDoRA, Nasiri and Garraghan 2025; DoRA, Liu et al. 2024):
+
+        t_i = c_i + s b_i R L,  ‖·‖² = ρ_i + ‖t_i‖²,  ρ_i = ‖w_i − c_i Qᵀ‖²,  c = W Q,  L Lᵀ = a aᵀ
+
+    Args:
+        rho: [N], fp32 (fp64 for fp64): ρ. Compute it as the norm of the difference, in fp64; ‖w_i‖² − ‖c_i‖² is equal.
+        b: [N, r], fp32, bf16, fp16 or fp64.
+        pages: [S, r, r], dtype of b or fp32: one R a slot.
+        sigma: [r], dtype of rho. Without c and root, the basis is a converged one: a = Σ Vᵀ, b = U when sigma is
+            given, so that c = b Σ and L = Σ; a = Vᵀ, b = U Σ when it is None, so that c = b and L = 1.
+        m: [S, N], dtype of b or fp32: one magnitude vector a slot.
+        scale: s, the adapter's scaling.
+        c, root: [N, r] and [r, r], dtype of rho: c and L of any basis; both or neither.
+        through_norm: whether the backward differentiates the norm too; it changes nothing here.
+
+    Returns:
+        g [S, N] in the dtype of m, and 1 / ‖·‖ [S, N] in the dtype of rho. A row without length gets zeros.
+    """
+    t = _coordinates(b, pages, sigma, scale, c, root)
+    inverse_norm = _inverse(torch.sqrt(rho + t.square().sum(-1)))
+    return (m.to(rho.dtype) * inverse_norm).to(m.dtype), inverse_norm
+
+
+def row_scale_backward(
+    dg: Tensor,
+    inverse_norm: Tensor,
+    b: Tensor,
+    pages: Tensor,
+    sigma: Tensor | None,
+    m: Tensor,
+    scale: float,
+    c: Tensor | None,
+    root: Tensor | None,
+) -> Tensor:
+    """Gradient of `row_scale` for the pages: dR = −s · bᵀ diag(dg · m / ‖·‖³) t Lᵀ, in the dtype of pages.
+
+    Args:
+        dg: [S, N] gradient of g.
+        inverse_norm: [S, N] as returned by the forward.
+        b, pages, sigma, m, scale, c, root: as in the forward.
+    """
+    acc = accumulate_dtype(b.dtype)
+    weights = dg.to(acc) * m.to(acc) * inverse_norm**3
+    t = _coordinates(b, pages, sigma, scale, c, root)
+    if root is not None:
+        t = t @ root.T
+    elif sigma is not None:
+        t = t * sigma
+    return (-scale * (b.to(acc).T @ (weights[:, :, None] * t))).to(pages.dtype)
+
+
+def _coordinates(
+    b: Tensor, pages: Tensor, sigma: Tensor | None, scale: float, c: Tensor | None, root: Tensor | None
+) -> Tensor:
+    """t [S, N, r]: the rows of W + s b R a within the row space of a."""
+    acc = accumulate_dtype(b.dtype)
+    b = b.to(acc)
+    moved = scale * (b @ pages.to(acc))
+    if c is not None and root is not None:
+        return c + moved @ root
+    return b + moved if sigma is None else (b + moved) * sigma
+
+
+def _inverse(norm: Tensor) -> Tensor:
+    """1 / norm, and 0 for a row of zeros, which has no direction to scale."""
+    return torch.where(norm > 0, 1 / norm, 0)
+
+
+def _add_projected(y: Tensor, p: Tensor, b: Tensor, pages: Tensor, slots: Tensor | None, scale: float) -> Tensor:
+    """y + s · (p R_slotᵀ) bᵀ."""
+    flat, q = _rows(y), _apply_pages(p, pages, slots)
+    out = (flat.to(p.dtype) + scale * (q @ b.to(p.dtype).T)).to(y.dtype)
+    if slots is not None:
+        # A base row stays what it was to the last bit: −0.0 + 0.0 would already change it.
+        out = torch.where((slots >= 0)[:, None], out, flat)
+    return out.reshape(y.shape)
+
+
+def orthonormalize(Y: Tensor) -> Tensor:
+    """Orthonormal columns that span, for every i, what the first i columns of Y span.
+
+    Args:
+        Y: [batch, n, k], finite, k ≤ n. Columns that depend on earlier ones are replaced by vectors orthogonal to all
+            others, which depend on n, k and the column only.
+
+    Returns:
+        [batch, n, k] in Y's dtype, fp32 for half types; stored as rows.
+
+    Raises:
+        ValueError: NaN or Inf in Y. A GPU owner does not wait for the device to find out and returns NaN.
+    """
+    if Y.numel() == 0:
+        return Y.new_empty(Y.mT.shape, dtype=accumulate_dtype(Y.dtype)).mT
+    return orthonormalize_rows(Y.mT).contiguous().mT
+
+
+def randomized_svd(
+    W: Tensor, rank: int, n_oversamples: int = 32, tol: float = 1e-3, max_iter: int = 100, seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The leading singular triplets, from a complete decomposition: what an iteration must agree with up to `tol`.
+
+    Args:
+        W: [batch, N, K], finite.
+        rank: triplets r, between 1 and min(N, K).
+        n_oversamples, tol, max_iter, seed: of an owner that iterates: vectors beyond the rank, the largest sine of an
+            angle between computed and true subspaces, its number of steps at most, and the seed of its start.
+
+    Returns:
+        U [batch, N, r], stored as rows, S [batch, r] descending and Vh [batch, r, K] in W's dtype, fp32 for half types.
+        Signs are such that ⟨u_i, h⟩ ≥ 0 for a fixed pseudo-random h, which rounding of W hardly ever turns.
+    """
+    check_rank(W, rank)
+    U, S, Vh = torch.linalg.svd(W.double(), full_matrices=False)
+    left, right = U[..., :rank].mT, Vh[:, :rank]
+    probe = probes(1, W.shape[1], SIGN, device=W.device, dtype=torch.float64)[0]
+    sign = torch.where(left @ probe < 0, -1.0, 1.0)[..., None]
+    acc = accumulate_dtype(W.dtype)
+    left, right = ((rows * sign).to(acc).contiguous() for rows in (left, right))
+    return left.mT, S[:, :rank].to(acc).contiguous(), right
 
 
 def _rows(t: Tensor) -> Tensor:

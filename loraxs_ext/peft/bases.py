@@ -1,25 +1,36 @@
-"""Where the layers' bases come from: computed in one batch, grown for a larger rank, or taken from a file."""
+"""Where the layers' bases come from, and how a loaded R gets onto them: the policy of one adapter."""
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
+import warnings
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
-from peft.tuners.tuners_utils import onload_layer
-from peft.utils.integrations import gather_params_ctx
 from torch import Tensor
 
 from loraxs_ext import basis
-from loraxs_ext.basis import Recipe
+from loraxs_ext.basis import BasisFile, Factors, Recipe
+from loraxs_ext.basis.anchor import SAME_ORIGIN
 from loraxs_ext.layers import CoreMatrix, LoraXSLayer
 
 from .config import BasisCheck
-from .verify import Mismatch, current_factors, flip_signs, measure, record, report, transport
+from .transport import Restored, Source, anchors_path, remember, restore, transport
+from .verify import Mismatch, current_factors, flip_signs, is_foreign, measure, record, report
+from .weights import compute_bases, load_weight
+
+
+class _Plan(NamedTuple):
+    """What will become of one layer: its R, the basis that replaces its own if there is one, and what that costs."""
+
+    core: Tensor
+    factors: Factors | None
+    mismatch: Mismatch
 
 
 @dataclass(eq=False)
@@ -31,6 +42,7 @@ class AdapterBasis:
         recipe: how a basis is computed; the same for all adapters of a model, which share one basis per layer.
         check: what to do when a loaded R was trained on another basis.
         tol: largest accepted difference, as `measure` gives it.
+        basis_file: path of a file of bases, or anchors, of the model; None for none.
         layers: the layers that were given the adapter. Weak references: unloading frees layer after layer.
     """
 
@@ -38,6 +50,7 @@ class AdapterBasis:
     recipe: Recipe
     check: BasisCheck
     tol: float
+    basis_file: str | None = None
     layers: weakref.WeakSet[LoraXSLayer] = field(default_factory=weakref.WeakSet)
 
     def settle(self, layer: LoraXSLayer | None = None) -> None:
@@ -63,15 +76,22 @@ class AdapterBasis:
     def _settle(self, pending: Sequence[LoraXSLayer]) -> None:
         for layer in pending:
             self._adopt_stored(layer)
-        compute_bases(pending, {layer.key: layer.r[self.adapter] for layer in pending}, self.recipe)
-        moved = [self._rebased(layer) for layer in pending]
-        mismatches = [Mismatch(layer.key, error) for layer, (_, error) in zip(pending, moved, strict=True)]
-        report(self.adapter, mismatches, self.check, self.tol, self.recipe.tol)
-        for layer, (weight, _) in zip(pending, moved, strict=True):
+        with self._open_file() as file:
+            made = {} if file is None or not file.has_factors else self._take(pending, file)
+            made |= compute_bases(pending, {layer.key: layer.r[self.adapter] for layer in pending}, self.recipe)
+            sketches = {m.key: self._core(m).recorded_sketch for m in pending if self._core(m).stored_basis is None}
+            restored = self._restored(pending, sketches, file)
+        plans = [self._plan(layer, restored.get(layer.key)) for layer in pending]
+        report(self.adapter, [plan.mismatch for plan in plans], self.check, self.tol, self.recipe.tol)
+        for layer, plan in zip(pending, plans, strict=True):
             core = self._core(layer)
-            if weight is not core.weight:
-                core.weight.copy_(weight)
+            if plan.factors is not None:
+                layer.set_basis(plan.factors.a, plan.factors.bt)
+                made[layer.key] = plan.factors
+            if plan.core is not core.weight:
+                core.weight.copy_(plan.core)
             record(layer, self.adapter)
+        self._remember([layer for layer in pending if self._core(layer).stored_basis is None], made)
 
     def refuse_wrong_base(self, sketches: Mapping[str, Tensor]) -> None:
         """Raise now if R matrices with these sketches, by layer key, would be refused once loaded.
@@ -81,8 +101,130 @@ class AdapterBasis:
         known = [m for m in self.layers if m.key in sketches and m.basis_rank >= m.r.get(self.adapter, 1)]
         known = [m for m in known if sketches[m.key].shape == self._core(m).recorded_sketch.shape]
         found = [Mismatch(m.key, measure(m, self.adapter, sketches[m.key])[1]) for m in known]
-        if self.check == "error" and any(not m.error <= self.tol for m in found):
+        if self.check != "error" or not any(is_foreign(m, self.tol) for m in found):
+            return
+        with self._open_file() as file:
+            restored = self._restored(known, {m.key: sketches[m.key] for m in known}, file)
+        found = [_better(mismatch, restored.get(mismatch.key))[0] for mismatch in found]
+        if any(is_foreign(m, self.tol) for m in found):
             report(self.adapter, found, self.check, self.tol, self.recipe.tol)
+
+    @contextlib.contextmanager
+    def _open_file(self) -> Iterator[BasisFile | None]:
+        """The basis file of the configuration, if there is one."""
+        if self.basis_file is None:
+            yield None
+            return
+        if not Path(self.basis_file).exists():
+            # A path says little on another machine; whether R fits the basis that is computed instead is checked.
+            warnings.warn(
+                f"LoRA-XS adapter {self.adapter!r}: basis_file: expected a file of bases, got {self.basis_file!r}, "
+                f"which does not exist; the bases are computed from the weights.",
+                stacklevel=2,
+            )
+            yield None
+            return
+        with BasisFile(self.basis_file) as file:
+            if file.recipe != self.recipe:
+                raise ValueError(
+                    f"basis_file: expected bases made by {self.recipe}, got {self.basis_file} made by {file.recipe}"
+                )
+            yield file
+
+    def _take(self, pending: Sequence[LoraXSLayer], file: BasisFile) -> dict[str, Factors]:
+        """Give layers without a basis the one in the file, once it is known to belong to their weights."""
+        found: dict[str, Factors] = {}
+        fits = []
+        bare = [layer for layer in pending if not layer.basis_rank]
+        for layer in bare:
+            name = file.find(layer.key)
+            if name is None:
+                continue
+            shape = (layer.out_features, layer.in_features)
+            if file.modules[name].shape != shape:
+                raise ValueError(
+                    f"basis_file: expected a basis of {name} for shape {shape}, got {self.basis_file} with one for "
+                    f"{file.modules[name].shape}"
+                )
+            factors = file.factors(name)
+            weight = load_weight(layer)
+            layer.base_fingerprint = basis.fingerprint(weight)
+            same = layer.base_fingerprint == factors.fingerprint
+            residual = 0.0 if same else basis.fit_error(factors, weight, self.recipe.sigma)
+            fits.append(Mismatch(layer.key, 0.0, residual))
+            found[layer.key] = factors
+        report(self.adapter, fits, self.check, self.tol, self.recipe.tol)
+        if len(found) < len(bare):
+            lacking = next(layer.key for layer in bare if layer.key not in found)
+            warnings.warn(
+                f"LoRA-XS adapter {self.adapter!r}: basis_file: expected bases of {len(bare)} modules, got "
+                f"{self.basis_file} without {len(bare) - len(found)} of them, such as {lacking}; those are computed.",
+                stacklevel=2,
+            )
+        for layer in bare:
+            if layer.key in found:
+                layer.set_basis(found[layer.key].a, found[layer.key].bt)
+        return found
+
+    def _restored(
+        self, layers: Sequence[LoraXSLayer], sketches: Mapping[str, Tensor], file: BasisFile | None
+    ) -> dict[str, Restored]:
+        """The old bases of the layers whose basis differs from that of their sketch, where anchors of them are kept."""
+        doubtful = {
+            layer.key: layer
+            for layer in layers
+            if layer.key in sketches and measure(layer, self.adapter, sketches[layer.key])[1] > self.recipe.tol
+        }
+        if not doubtful:
+            return {}
+        weights = {
+            key: Source((layer.out_features, layer.in_features), partial(load_weight, layer))
+            for key, layer in doubtful.items()
+        }
+        found = {}
+        if file is not None:
+            found = restore(file, {key: sketches[key] for key in doubtful}, weights, self.recipe)
+        cached = anchors_path(sketches, self.recipe)
+        if len(found) < len(doubtful) and cached.exists():
+            rest = {key: sketches[key] for key in doubtful if key not in found}
+            try:
+                with BasisFile(cached) as anchors:
+                    found |= restore(anchors, rest, weights, self.recipe)
+            except ValueError as reason:
+                warnings.warn(f"cached anchors are not used: {reason}", RuntimeWarning, stacklevel=2)
+        return found
+
+    def _plan(self, layer: LoraXSLayer, restored: Restored | None) -> _Plan:
+        core = self._core(layer)
+        if core.stored_basis is not None:
+            mine = current_factors(layer, core.rank)[:2]
+            if all(torch.equal(now, stored.to(now)) for now, stored in zip(mine, core.stored_basis, strict=True)):
+                return _Plan(core.weight, None, Mismatch(layer.key, 0.0))
+            moved, lost = transport(core.weight, core.stored_basis, mine)
+            return _Plan(moved, None, Mismatch(layer.key, lost))
+        signs, error = measure(layer, self.adapter, core.recorded_sketch)
+        mismatch, old = _better(Mismatch(layer.key, error), restored)
+        if old is None:
+            return _Plan(flip_signs(core.weight, signs), None, mismatch)
+        if not any(layer.core(name).settled for name in layer.loraxs_R):
+            return _Plan(core.weight, old, mismatch)
+        # Other adapters stand on the layer's basis, so R has to move.
+        moved, lost = transport(core.weight, (old.a, old.bt), current_factors(layer, core.rank)[:2])
+        return _Plan(moved, None, mismatch._replace(error=max(mismatch.error, lost)))
+
+    def _remember(self, layers: Sequence[LoraXSLayer], made: Mapping[str, Factors]) -> None:
+        """Keep the anchors of the bases the adapter now stands on, made of unrounded factors where there are such."""
+        sketches = {layer.key: self._core(layer).recorded_sketch for layer in layers}
+        # A layer whose weights were never read has the basis of an adapter that carries it along.
+        if not layers or anchors_path(sketches, self.recipe).exists() or not all(m.base_fingerprint for m in layers):
+            return
+        factors = {}
+        for layer in layers:
+            rank = layer.r[self.adapter]
+            found = (made.get(layer.key) or current_factors(layer, rank)).cut(rank)
+            a, bt = (part if part.dtype == torch.float64 else part.float() for part in (found.a, found.bt))
+            factors[layer.key] = found._replace(a=a, bt=bt, fingerprint=layer.base_fingerprint)
+        remember(sketches, factors, self.recipe)
 
     def _core(self, layer: LoraXSLayer) -> CoreMatrix:
         return layer.core(self.adapter)
@@ -99,17 +241,6 @@ class AdapterBasis:
             return
         layer.set_basis(*core.stored_basis)
 
-    def _rebased(self, layer: LoraXSLayer) -> tuple[Tensor, float]:
-        """R of the adapter on the layer's basis, and how much is lost by that."""
-        core = self._core(layer)
-        if core.stored_basis is None:
-            signs, error = measure(layer, self.adapter, core.recorded_sketch)
-            return flip_signs(core.weight, signs), error
-        mine = current_factors(layer, core.rank)[:2]
-        if all(torch.equal(now, stored.to(now)) for now, stored in zip(mine, core.stored_basis, strict=True)):
-            return core.weight, 0.0
-        return transport(core.weight, core.stored_basis, mine)
-
     def __getstate__(self) -> dict[str, Any]:
         # A copied or unpickled layer makes itself known when it next asks for its basis.
         return {**self.__dict__, "layers": ()}
@@ -118,59 +249,11 @@ class AdapterBasis:
         self.__dict__.update(state, layers=weakref.WeakSet())
 
 
-def compute_bases(layers: Sequence[LoraXSLayer], ranks: Mapping[str, int], recipe: Recipe) -> None:
-    """Give each layer a basis of at least ranks[layer.key] rows: all new ones in one batch, rows already there kept.
-
-    Layers that share one weight share one basis.
-    """
-    by_weight: dict[int, list[LoraXSLayer]] = {}
-    for layer in layers:
-        if layer.basis_rank < ranks[layer.key]:
-            by_weight.setdefault(_weight_id(layer), []).append(layer)
-    new: dict[str, tuple[LoraXSLayer, list[LoraXSLayer], int]] = {}
-    grown: dict[str, tuple[LoraXSLayer, list[LoraXSLayer], int]] = {}
-    for group in by_weight.values():
-        rank = max(ranks[layer.key] for layer in group)
-        owner = max(group, key=lambda layer: layer.basis_rank)
-        (grown if owner.basis_rank else new)[owner.key] = (owner, group, rank)
-    factors = {}
-    if new:
-        weights = {key: partial(_load_weight, owner) for key, (owner, _, _) in new.items()}
-        ranks = {key: rank for key, (_, _, rank) in new.items()}
-        factors = basis.decompose(weights, ranks, recipe, cache_dir="default")
-    for key, (owner, _, rank) in grown.items():
-        factors[key] = basis.extend(current_factors(owner, owner.basis_rank), _load_weight(owner), rank, recipe)
-    for key, (owner, group, _) in {**new, **grown}.items():
-        owner.set_basis(factors[key].a, factors[key].bt)
-        for layer in group:
-            layer.loraxs_A, layer.loraxs_Bt = owner.loraxs_A, owner.loraxs_Bt
-
-
-def combined_fingerprint(layers: Iterable[LoraXSLayer]) -> str | None:
-    """64 bits of the weights of all `layers` in hex; None if there are none, or one waits on the meta device.
-
-    Each layer is hashed once, when it is first asked for: loading and serving never need it.
-    """
-    parts = []
-    for layer in sorted(layers, key=lambda layer: layer.key):
-        if layer.base_fingerprint is None:
-            if layer.get_base_layer_device().type == "meta":
-                return None
-            layer.base_fingerprint = basis.fingerprint(_load_weight(layer))
-        parts.append((layer.key, layer.base_fingerprint))
-    return hashlib.blake2b(repr(parts).encode(), digest_size=8).hexdigest() if parts else None
-
-
-def _weight_id(layer: LoraXSLayer) -> int:
-    base = layer.get_base_layer()
-    return id(layer.unmerged_weight[0] if layer.unmerged_weight else getattr(base, "weight", base))
-
-
-def _load_weight(layer: LoraXSLayer) -> Tensor:
-    """W [N, K] from wherever offloading or sharding keeps it."""
-    with onload_layer(layer), gather_params_ctx(list(layer.get_base_layer().parameters())):
-        weight = layer.frozen_weight().detach()
-    if layer.quantization_backend is not None and layer.base_fingerprint is None:
-        # While it can be read: some quantised weights are repacked when they are first used.
-        layer.base_fingerprint = basis.fingerprint(weight)
-    return weight
+def _better(mismatch: Mismatch, restored: Restored | None) -> tuple[Mismatch, Factors | None]:
+    """The mismatch, and the basis to stand on instead of the layer's: the restored one if that is nearer to the old."""
+    if restored is None:
+        return mismatch, None
+    mismatch = mismatch._replace(residual=restored.residual)
+    if restored.residual > SAME_ORIGIN or not restored.error < mismatch.error:
+        return mismatch, None
+    return mismatch._replace(error=restored.error), restored.factors

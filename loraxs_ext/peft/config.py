@@ -15,7 +15,7 @@ BasisCheck = Literal["error", "warn", "ignore"]
 
 # Fields of this class that are fields of the recipe under another name.
 _RECIPE_NAMES = {"svd_tol": "tol", "svd_max_iter": "max_iter", "svd_seed": "seed"}
-_RECIPE_FIELDS = ("sigma", "vectors", "svd", "n_oversamples", "sketch_version", *_RECIPE_NAMES)
+_RECIPE_FIELDS = ("sigma", "vectors", "svd", "sklearn_signs", "n_oversamples", "sketch_version", *_RECIPE_NAMES)
 
 
 @dataclass
@@ -46,12 +46,15 @@ class LoraXSConfig(PeftConfig):
 
         sigma: where the singular values sit: "A" (the reference), "sqrt" or "B".
         vectors: which singular vectors: "top", "middle", "bottom" or "random".
-        svd: "converged" or "exact".
-        n_oversamples, svd_tol, svd_max_iter, svd_seed, sketch_version: see `loraxs_ext.basis.Recipe`.
+        svd: "converged", "exact" or "reference".
+        sklearn_signs, n_oversamples, svd_tol, svd_max_iter, svd_seed, sketch_version: see `loraxs_ext.basis.Recipe`.
 
         save_basis: store A and B with R: a file of LoRA's size that needs no SVD and fits any copy of the base model.
+        basis_file: path of a file made by `loraxs init --output` for this base model: its bases are used instead of
+            computed ones, or its anchors to find the same bases again in rounded weights. A missing file is warned of.
         basis_check: what to do when a loaded R meets another basis: "error", "warn" or "ignore".
-        basis_tol: largest accepted difference of the bases, measured as in `loraxs_ext.peft.verify`.
+        basis_tol: largest accepted difference of the bases, measured as in `loraxs_ext.peft.verify`; the bound on the
+            residual of an anchor (0.01) moves in proportion.
         base_fingerprint: 64 bits of the base weights, in hex; written when the adapter is saved.
 
     Raises:
@@ -81,7 +84,8 @@ class LoraXSConfig(PeftConfig):
 
     sigma: Literal["A", "sqrt", "B"] = "A"
     vectors: Literal["top", "middle", "bottom", "random"] = "top"
-    svd: Literal["converged", "exact"] = "converged"
+    svd: Literal["converged", "exact", "reference"] = "converged"
+    sklearn_signs: Literal["rows of A", "columns of B"] = "rows of A"
     n_oversamples: int = Recipe.n_oversamples
     svd_tol: float = Recipe.tol
     svd_max_iter: int = Recipe.max_iter
@@ -89,6 +93,7 @@ class LoraXSConfig(PeftConfig):
     sketch_version: int = Recipe.sketch_version
 
     save_basis: bool = False
+    basis_file: str | None = None
     basis_check: BasisCheck = "error"
     basis_tol: float = 0.1
     base_fingerprint: str | None = None

@@ -19,13 +19,14 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
-from loraxs_ext.layers import LoraXSLayer, LoraXSLinear, MergeLossWarning
+from loraxs_ext.layers import LoraXSLayer, LoraXSLinear, MergeLossWarning, share_projections
 
-from .bases import AdapterBasis, combined_fingerprint
+from .bases import AdapterBasis
 from .combine import combine
 from .config import LoraXSConfig
 from .mixed import mixed_batch
 from .register import PREFIX
+from .weights import combined_fingerprint
 
 _FROZEN_BUFFERS = ("loraxs_A", "loraxs_Bt", "loraxs_R")
 
@@ -43,8 +44,10 @@ class LoraXSModel(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Inject the adapter, then compute the bases it needs."""
         config = cast(LoraXSConfig, self.peft_config[adapter_name])
-        self._policy = AdapterBasis(adapter_name, config.recipe(), config.basis_check, config.basis_tol)
+        options = (config.recipe(), config.basis_check, config.basis_tol, config.basis_file)
+        self._policy = AdapterBasis(adapter_name, *options)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        share_projections(model)
         if config.fan_in_fan_out and not all(layer.fan_in_fan_out for layer in self._policy.layers):
             warnings.warn(
                 "fan_in_fan_out: expected False for torch.nn.Linear layers, got True; the layout of each layer's own "

@@ -70,6 +70,12 @@ def test_a_larger_rank_does_not_serve_a_cut_that_it_does_not_resolve(tmp_path: P
     assert computed == [4, 2]
 
 
+def test_ranks_of_the_reference_are_not_nested(tmp_path: Path, computed: list[int]) -> None:
+    for rank in (9, 4, 4):
+        compute(tmp_path, rank, svd="reference")
+    assert computed == [9, 4]
+
+
 @pytest.mark.parametrize(
     "fields",
     [{"sigma": "B"}, {"tol": 1e-4}, {"seed": 1}, {"vectors": "middle"}, {"n_oversamples": 3}, {"svd": "exact"}],

@@ -30,7 +30,7 @@ def test_placements(sigma: str) -> None:
     found = decompose(weights, 6, Recipe(sigma=sigma), progress=False)
     assert list(found) == list(weights)
     for name, W in weights.items():
-        a, bt, s, error = found[name]
+        a, bt, s, error, _ = found[name]
         assert a.shape == (6, W.shape[1]) and bt.shape == (6, W.shape[0]) and bt.is_contiguous() and error <= 1e-3
         assert float((s - torch.linalg.svdvals(W)[:6]).abs().max()) < 1e-5
         if sigma == "A":
@@ -56,15 +56,25 @@ def test_batches_and_ranks_change_no_bit_of_a_weight() -> None:
         assert torch.equal(alone.a, together[name].a) and torch.equal(alone.bt, together[name].bt)
 
 
-def test_loaders_are_called_once_and_their_results_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decomposition, "_CHUNK_BYTES_CPU", 2 * 32 * 32 * 4)
+@pytest.mark.parametrize(
+    ("compute_device", "together", "most_alive"),
+    # One at a time; in chunks of two; in chunks of two of which the next is prepared by a thread: two chunks, and what
+    # the thread has just loaded while the one before it is still referenced.
+    [(None, 1, 1), (None, 2, 2), ("cpu", 2, 4)],
+    ids=["single", "chunks", "prefetched"],
+)
+def test_loaders_are_called_once_and_their_results_do_not_pile_up(
+    monkeypatch: pytest.MonkeyPatch, compute_device: str | None, together: int, most_alive: int
+) -> None:
+    monkeypatch.setattr(decomposition, "chunk_bytes", lambda device: together * 32 * 32 * 4)
+    monkeypatch.setattr(decomposition, "_PREFETCH_FOR", {"cpu"})
     alive: dict[int, weakref.ref[np.ndarray]] = {}
     most = 0
 
     def loader(i: int) -> Callable[[], torch.Tensor]:
         def load() -> torch.Tensor:
             nonlocal most
-            assert i not in alive
+            assert list(alive) == list(range(i))
             array = gaussian(32, 32, seed=i).numpy().copy()
             # The array lives as long as any tensor that shares its memory.
             alive[i] = weakref.ref(array)
@@ -73,8 +83,21 @@ def test_loaders_are_called_once_and_their_results_do_not_pile_up(monkeypatch: p
 
         return load
 
-    found = decompose({str(i): loader(i) for i in range(10)}, 2, progress=False)
-    assert len(found) == len(alive) == 10 and most == 2
+    found = decompose({str(i): loader(i) for i in range(11)}, 2, compute_device=compute_device, progress=False)
+    assert len(found) == len(alive) == 11 and most <= most_alive
+    for i in (0, 10):
+        plain = decompose({"w": gaussian(32, 32, seed=i)}, 2, progress=False)["w"]
+        assert torch.equal(found[str(i)].a, plain.a)
+
+
+def test_an_error_in_a_prefetched_loader_reaches_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decomposition, "_PREFETCH_FOR", {"cpu"})
+
+    def broken() -> torch.Tensor:
+        raise OSError("shard 3 is missing")
+
+    with pytest.raises(OSError, match="shard 3"):
+        decompose({"a": gaussian(20, 30), "b": broken, "c": gaussian(20, 30)}, 2, compute_device="cpu", progress=False)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=["bf16", "fp16", "fp64"])

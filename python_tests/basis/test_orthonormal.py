@@ -63,7 +63,7 @@ def test_empty() -> None:
 
 
 def test_more_columns_than_rows_is_refused() -> None:
-    with pytest.raises(ValueError, match="4 of length 3"):
+    with pytest.raises(ValueError, match="Y: expected at most n=3 columns of length n, got 4"):
         orthonormalize(torch.zeros(3, 4))
 
 

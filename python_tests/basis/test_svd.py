@@ -9,11 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from loraxs_ext.basis import SVD, randomized_svd
+from loraxs_ext.basis import SVD, chebyshev, randomized_svd
+from loraxs_ext.basis.precision import reduced_precision
 from loraxs_ext.basis.recipe import Recipe
 from loraxs_ext.basis.solver import choose_method
 
 from .matrices import CASES, defect, gaussian, power_law, spiked, subspace_sine, tied, with_spectrum
+
+# Both iterations on every machine, whichever its devices would choose.
+METHODS = ["block_lanczos", "chebyshev"]
 
 
 @contextlib.contextmanager
@@ -42,14 +46,24 @@ def check_properties(W: Tensor, found: SVD, fp64: bool) -> None:
     assert (gram - gram.diagonal().diag()).abs().max() <= 1e-6 * largest**2
 
 
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
-def test_properties(name: str, dtype: torch.dtype) -> None:
+def test_properties(name: str, dtype: torch.dtype, method: str) -> None:
     W = CASES[name]().to(dtype)
     with unconverged_allowed():
-        found = randomized_svd(W, 16, tol=1e-6 if dtype == torch.float64 else 1e-3)
+        found = randomized_svd(W, 16, tol=1e-6 if dtype == torch.float64 else 1e-3, method=method)
     assert found.U.dtype == found.S.dtype == found.Vh.dtype == dtype
     check_properties(W, found, dtype == torch.float64)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("scale", [1e-20, 1e20])
+def test_scales_of_large_matrices(scale: float, method: str) -> None:
+    W = (power_law(600, 640, 0.5) * scale).float()
+    found = randomized_svd(W, 8, method=method)
+    check_properties(W, found, False)
+    assert subspace_sine(found.U, W, 8) < 1e-3
 
 
 @pytest.mark.parametrize("scale", [1e-42, 1e-37, 1e-20, 1e20, 1e36])
@@ -98,11 +112,12 @@ SPECTRA = {
 }
 
 
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("rank", [4, 25])
 @pytest.mark.parametrize("name", SPECTRA)
-def test_measured_error_meets_the_tolerance_and_covers_the_true_one(name: str, rank: int) -> None:
+def test_measured_error_meets_the_tolerance_and_covers_the_true_one(name: str, rank: int, method: str) -> None:
     W = SPECTRA[name]().float()
-    found, measured = randomized_svd(W, rank, diagnostics=True)
+    found, measured = randomized_svd(W, rank, method=method, diagnostics=True)
     true = subspace_sine(found.U, W, rank)
     assert true <= float(measured.subspace_error) <= 1e-3
     assert float(measured.subspace_error) == float(measured.cut_errors[-1])
@@ -115,7 +130,7 @@ def test_every_smaller_cut_has_its_own_error() -> None:
         assert subspace_sine(found.U[:, :cut], W, cut) <= float(measured.cut_errors[cut - 1]) < 1e-2
 
 
-@pytest.mark.parametrize("method", ["exact", "block_lanczos"])
+@pytest.mark.parametrize("method", ["exact", *METHODS])
 def test_tight_tolerance_in_fp64(method: str) -> None:
     W = power_law(700, 650, 0.5)
     found, measured = randomized_svd(W, 12, tol=1e-9, method=method, diagnostics=True)
@@ -126,9 +141,9 @@ def test_tight_tolerance_in_fp64(method: str) -> None:
 def test_converged_bases_do_not_depend_on_seed_or_method() -> None:
     W = power_law(640, 640, 0.5)
     one, two = (randomized_svd(W, 12, tol=1e-9, seed=seed) for seed in (0, 1))
-    exact = randomized_svd(W, 12, method="exact")
+    exact, filtered = (randomized_svd(W, 12, tol=1e-9, method=method) for method in ("exact", "chebyshev"))
     assert not torch.equal(one.U, two.U)
-    for other in (two, exact):
+    for other in (two, exact, filtered):
         assert float((one.U - other.U).norm() / one.U.norm()) < 1e-7
 
 
@@ -146,9 +161,11 @@ def test_delta_of_two_independent_computations_agrees() -> None:
     assert float((one - single).norm() / one.norm()) < 5e-3
 
 
-def test_same_seed_same_bits() -> None:
+@pytest.mark.parametrize("method", METHODS)
+def test_same_seed_same_bits(method: str) -> None:
     W = spiked(640, 640).float()
-    assert all(torch.equal(*pair) for pair in zip(randomized_svd(W, 8), randomized_svd(W.clone(), 8), strict=True))
+    one, two = (randomized_svd(weight, 8, method=method) for weight in (W, W.clone()))
+    assert all(torch.equal(*pair) for pair in zip(one, two, strict=True))
 
 
 @pytest.mark.parametrize("shape", [(200, 150), (560, 600)], ids=["exact", "lanczos"])
@@ -163,19 +180,67 @@ def test_batches(shape: tuple[int, int]) -> None:
             assert torch.equal(single, whole[i])
 
 
-def test_batched_iteration_agrees_with_single_matrices() -> None:
+@pytest.mark.parametrize("method", METHODS)
+def test_batched_iteration_agrees_with_single_matrices(method: str) -> None:
     """The path of accelerators, which iterate on all matrices at once and drop those that have converged."""
     from loraxs_ext.basis.solver import _solve_iteratively
 
-    stack = torch.stack([power_law(560, 600, e, seed=i).float() for i, e in enumerate((0.25, 1.0, 0.5))])
+    stack = torch.stack([power_law(560, 600, e, seed=i).float() for i, e in enumerate((0.25, 1.0, 0.5, 0.3))])
     stack = torch.cat([stack, spiked(560, 600).float()[None]])
     recipe = Recipe()
-    together = _solve_iteratively(stack, 6, recipe)
+    together = _solve_iteratively(stack, 6, recipe, method)
     assert len(set(together.steps.tolist())) > 1
     for i in range(len(stack)):
-        alone = _solve_iteratively(stack[i : i + 1], 6, recipe)
+        alone = _solve_iteratively(stack[i : i + 1], 6, recipe, method)
         assert together.steps[i] == alone.steps[0]
         assert float((together.left[i] - alone.left[0]).abs().max()) < 1e-4
+
+
+@pytest.mark.parametrize("rank", [4, 25])
+@pytest.mark.parametrize("name", SPECTRA)
+def test_early_filters_may_run_in_reduced_precision(name: str, rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounding W to bf16 is coarser than the TF32 that an accelerator would use, and it is corrected."""
+    W = SPECTRA[name]().float()[None]
+    short = W if W.shape[1] <= W.shape[2] else W.mT
+    rounded = short.bfloat16().float()
+    coarse, calls = False, 0
+
+    @contextlib.contextmanager
+    def reduced(device: torch.device, *, enabled: bool) -> Iterator[None]:
+        nonlocal coarse
+        coarse = enabled
+        yield
+        coarse = False
+
+    def apply_gram(rows: Tensor, weights: Tensor) -> Tensor:
+        nonlocal calls
+        calls += coarse
+        return (rows @ rounded) @ rounded.mT if coarse else (rows @ weights) @ weights.mT
+
+    monkeypatch.setattr(chebyshev, "reduced_precision", reduced)
+    monkeypatch.setattr(chebyshev, "_apply_gram", apply_gram)
+    plain, mixed = (chebyshev.chebyshev_subspace(short, rank, 32, 1e-3, 100, 0, reduced=flag) for flag in (False, True))
+    true = torch.linalg.svd(short[0].double(), full_matrices=False).U[:, :rank]
+    for found in (plain, mixed):
+        Q = torch.linalg.qr(found.basis[0].double().mT).Q
+        sine = float(torch.linalg.matrix_norm(Q - true @ (true.mT @ Q), 2))
+        assert sine <= max(float(found.drift[0, -1]), 1e-6)
+    # Where the plain iteration resolves the subspace, so does the mixed one, at the price of a filter at most.
+    assert float(mixed.drift[0, -1]) <= max(1e-3, float(plain.drift[0, -1]))
+    assert int(mixed.steps[0]) <= int(plain.steps[0]) + 16
+    if name in ("power law 1/4", "spiked") and rank == 25:
+        assert calls > 0
+
+
+def test_reduced_precision_is_a_switch_that_is_put_back() -> None:
+    backend = torch.backends.mkldnn.matmul
+    before = backend.fp32_precision
+    with reduced_precision(torch.device("cpu"), enabled=False):
+        assert backend.fp32_precision == before
+    with pytest.raises(KeyError), reduced_precision(torch.device("cpu"), enabled=True):
+        assert backend.fp32_precision == "bf16"
+        raise KeyError
+    assert backend.fp32_precision == before
 
 
 def test_leading_dimensions() -> None:
@@ -207,13 +272,14 @@ def test_null_directions_are_completed_alike_everywhere() -> None:
     assert float((exact.U - shifted.U).abs().max()) < 1e-6
 
 
-def test_cut_inside_a_cluster_warns_with_numbers() -> None:
+@pytest.mark.parametrize("method", METHODS)
+def test_cut_inside_a_cluster_warns_with_numbers(method: str) -> None:
     with pytest.warns(RuntimeWarning, match=r"'W'.*error 1\.0e\+00.*relative gap.*cluster"):
-        _, measured = randomized_svd(tied(), 25, diagnostics=True)
+        _, measured = randomized_svd(tied(), 25, method=method, diagnostics=True)
     assert float(measured.gap) < 1e-6
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        _, measured = randomized_svd(tied(), 8, diagnostics=True)
+        _, measured = randomized_svd(tied(), 8, method=method, diagnostics=True)
     assert float(measured.gap) == pytest.approx(0.75, rel=1e-3)
 
 
@@ -297,8 +363,13 @@ def test_one_dimension_and_meta_are_refused() -> None:
 
 def test_method_selection() -> None:
     recipe, large, small = Recipe(), torch.empty(1024, 4096, device="meta"), torch.empty(4096, 512, device="meta")
-    assert choose_method(large, 25, recipe, "auto") == "block_lanczos"
-    assert choose_method(large, 200, recipe, "auto") == "exact"
-    assert choose_method(small, 4, recipe, "auto") == "exact"
+    # The meta device is an accelerator like any other.
+    assert choose_method(large, 25, recipe, "auto") == "chebyshev"
+    assert choose_method(large, 300, recipe, "auto") == "exact"
+    assert choose_method(small, 4, recipe, "auto") == "chebyshev"
+    on_cpu = torch.empty(1).expand(1024, 4096)
+    assert choose_method(on_cpu, 25, recipe, "auto") == "block_lanczos"
+    assert choose_method(on_cpu, 200, recipe, "auto") == "exact"
+    assert choose_method(torch.empty(1).expand(4096, 512), 4, recipe, "auto") == "exact"
     assert choose_method(large, 25, Recipe(svd="exact"), "auto") == "exact"
     assert choose_method(large, 25, Recipe(vectors="middle"), "auto") == "exact"

@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from loraxs_ext.basis.streaming import Stager, chunk_bytes, prefetched
+
+from .matrices import gaussian
+
+CPU = torch.device("cpu")
+
+
+def test_order_and_thread() -> None:
+    threads = set()
+
+    def items() -> Iterator[int]:
+        for i in range(20):
+            threads.add(threading.current_thread())
+            yield i
+
+    assert list(prefetched(items())) == list(range(20))
+    assert len(threads) == 1 and threading.current_thread() not in threads
+
+
+def test_one_item_ahead_and_no_more() -> None:
+    made = []
+
+    def items() -> Iterator[int]:
+        for i in range(6):
+            made.append(i)
+            yield i
+
+    for item in prefetched(items()):
+        deadline = time.monotonic() + 5
+        while len(made) < min(item + 2, 6) and time.monotonic() < deadline:
+            time.sleep(1e-3)
+        # Long enough for a second item ahead, if anything made one.
+        time.sleep(2e-3)
+        assert made == list(range(min(item + 2, 6)))
+
+
+def test_what_an_item_raises_comes_in_its_turn() -> None:
+    def items() -> Iterator[int]:
+        yield 1
+        raise OSError("no more")
+
+    source = prefetched(items())
+    assert next(source) == 1
+    with pytest.raises(OSError, match="no more"):
+        next(source)
+
+
+def test_leaving_early_ends_the_thread() -> None:
+    before = threading.active_count()
+    source = prefetched(iter(range(100)))
+    assert next(source) == 0
+    source.close()
+    assert threading.active_count() == before
+
+
+def test_nothing_at_all() -> None:
+    assert list(prefetched(iter(()))) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_stacks(dtype: torch.dtype) -> None:
+    weights = [gaussian(5, 7, seed=i).to(dtype) for i in range(3)]
+    exact = torch.float64 if dtype == torch.float64 else torch.float32
+    stack = Stager(CPU).stack(weights, exact).wait()
+    assert stack.dtype == exact and torch.equal(stack, torch.stack(weights).to(exact))
+
+
+def test_a_single_weight_is_not_copied() -> None:
+    weight = gaussian(5, 7)
+    assert Stager(CPU).stack([weight], torch.float32).wait().data_ptr() == weight.data_ptr()
+
+
+def test_a_cpu_takes_one_at_a_time() -> None:
+    assert chunk_bytes(CPU) == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_stacks_pass_through_pinned_memory(dtype: torch.dtype) -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    stager = Stager(device)
+    chunks = [[gaussian(300, 200, seed=10 * c + i).to(dtype) for i in range(5)] for c in range(4)]
+    chunks[1][2] = chunks[1][2].to(device)
+    for chunk in chunks:
+        stack = stager.stack(chunk, torch.float32).wait()
+        assert torch.equal(stack.cpu(), torch.stack([weight.cpu() for weight in chunk]).float())
+    assert 0 < chunk_bytes(device) <= torch.cuda.mem_get_info(device)[1]
