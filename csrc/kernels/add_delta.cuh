@@ -28,12 +28,6 @@ struct AddDelta {
   double scale, keep_scale;
 };
 
-template <class A>
-__device__ __forceinline__ A warp_sum(A v) {
-  for (int step = 16; step > 0; step /= 2) v += __shfl_xor_sync(0xffffffffu, v, step);
-  return v;
-}
-
 // p[i] of token m for all ranks, by one warp; lanes take groups of four columns, as the random numbers come in fours.
 template <class A, class T, class P>
 __device__ void project_token(const AddDelta<T, P>& g, int64_t m, A* p) {
@@ -79,8 +73,7 @@ __global__ void __launch_bounds__(kThreads) add_delta_kernel(AddDelta<T, P> g) {
 
   for (int t = int(threadIdx.x); t < tokens * g.r; t += kThreads) {
     const int token = t / g.r, i = t % g.r;
-    const int64_t slot = g.slots != nullptr ? g.slots[m0 + token] : 0;
-    if (slot < -1 || slot >= g.S) stop();
+    const int64_t slot = slot_of(g.slots, m0 + token, g.S);
     A sum = 0;
     for (int j = 0; slot >= 0 && j < g.r; ++j) {
       A tr;
