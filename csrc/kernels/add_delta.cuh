@@ -61,7 +61,7 @@ __device__ void project_token(const AddDelta<T, P>& g, int64_t m, A* p) {
 }
 
 template <class A, class T, class P>
-__global__ void __launch_bounds__(kThreads) add_delta_kernel(AddDelta<T, P> g) {
+__global__ void __launch_bounds__(kThreads, 2) add_delta_kernel(AddDelta<T, P> g) {
   LORAXS_DYNAMIC_SHARED(A, sp);  // [kTokens, r]
   A* sq = sp + kTokens * g.r;    // [kTokens, r]
   const int64_t m0 = int64_t(blockIdx.x) * kTokens;
@@ -89,9 +89,14 @@ __global__ void __launch_bounds__(kThreads) add_delta_kernel(AddDelta<T, P> g) {
     for (int i = 0; i < g.r; ++i) {
       A tb;
       widen(g.bt[i * g.N + n], tb);
-      for (int token = 0; token < tokens; ++token) sum[token] += sq[token * g.r + i] * tb;
+      // Unrolled over the whole tile, so that the sums stay in registers.
+#pragma unroll
+      for (int token = 0; token < kTokens; ++token)
+        if (token < tokens) sum[token] += sq[token * g.r + i] * tb;
     }
-    for (int token = 0; token < tokens; ++token) {
+#pragma unroll
+    for (int token = 0; token < kTokens; ++token) {
+      if (token >= tokens) break;
       // A base row is left alone: adding zero could still change a bit.
       if (g.slots != nullptr && g.slots[m0 + token] < 0) continue;
       T& y = g.y[(m0 + token) * g.N + n];

@@ -31,7 +31,7 @@ __device__ __forceinline__ void wait_copies() {
 __device__ __forceinline__ void prefetch(const void* global) { asm volatile("prefetch.global.L2 [%0];" ::"l"(global)); }
 
 // A read that may not be served by the read-only cache: another kernel wrote it while this one was running.
-__device__ __forceinline__ float load_shared_by_kernels(const float* global) {
+__device__ __forceinline__ float load_fresh(const float* global) {
   float v;
   asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(v) : "l"(global) : "memory");
   return v;
@@ -69,8 +69,8 @@ __device__ __forceinline__ void bulk_copy(void* shared, const void* global, unsi
 // Every thread of every block of the cluster arrives, and sees what the others wrote before.
 __device__ __forceinline__ void cluster_sync() {
   LORAXS_SM90_ASM(
-      "barrier.cluster.arrive.release.aligned;\n"
-      "barrier.cluster.wait.acquire.aligned;" :: : "memory");
+      "barrier.cluster.arrive.release;\n"
+      "barrier.cluster.wait.acquire;" :: : "memory");
 }
 // The address of what lies at `p` in this block's shared memory in that of block `rank` of the cluster.
 template <class T>

@@ -298,7 +298,7 @@ __global__ void __launch_bounds__(kThreads, Copies::kBlocksPerSm) linear_decode_
         for (int t = int(threadIdx.x); t < kTokenTiles * 8 * kRanks; t += kThreads) {
           const int m = t / kRanks, i = first + t % kRanks;
           const bool valid = m < g.in.M && i < g.in.r;
-          sq[m * kStride + t % kRanks] = valid ? load_shared_by_kernels(g.q + int64_t(m) * g.in.r + i) : 0.0f;
+          sq[m * kStride + t % kRanks] = valid ? load_fresh(g.q + int64_t(m) * g.in.r + i) : 0.0f;
         }
         __syncthreads();
         expand(g, sums, basis, sq);

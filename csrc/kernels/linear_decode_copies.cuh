@@ -45,11 +45,12 @@ struct ThreadCopies {
 
   template <class T, int kTokenTiles, int kRankTiles>
   struct Pipe {
-    // Three stages leave room for two blocks in the 164 KB of an A100 where many tokens make a stage large.
-    static constexpr int kStages = kTokenTiles <= 2 ? 4 : 3;
     static constexpr int kRowsPerPass = kThreads / 8;
     static constexpr int kCount = Rows<kTokenTiles, kRankTiles>::kCount;
+    // As many stages as leave room for two blocks in the 164 KB of an A100; 256 rows come only in the 228 KB of sm_90.
+    static constexpr int kStages = kCount <= 160 ? 4 : 3;
     static constexpr int kStage = kCount * 128, kBytes = kStages * kStage;
+    static_assert(kBlocksPerSm * (kBytes + 1024) <= (kCount < 256 ? 164 : 228) * 1024);
 
     __device__ __forceinline__ Pipe(unsigned char* shared, const Operands<T>& operands, int n0, int begin, int end)
         : chunks((end - begin + kChunk - 1) / kChunk), shared_(shared), g_(operands), n0_(n0), begin_(begin) {
@@ -110,7 +111,7 @@ struct BulkCopies {
     static constexpr int kStages = 2;
     static constexpr int kCount = Rows<kTokenTiles, kRankTiles>::kCount;
     static constexpr int kStage = kCount * kStride, kBytes = kStages * kStage + kStages * int(sizeof(uint64_t));
-    static_assert(kCount % kWarps == 0 && kSplitUnit % kChunk == 0);
+    static_assert(kBytes <= 227 * 1024 && kCount % kWarps == 0 && kSplitUnit % kChunk == 0);
 
     __device__ __forceinline__ Pipe(unsigned char* shared, const Operands<T>& operands, int n0, int begin, int end)
         : chunks((end - begin) / kChunk),
@@ -129,6 +130,7 @@ struct BulkCopies {
 
     __device__ __forceinline__ const unsigned char* wait_for(int chunk) {
       barrier_wait(full_ + chunk % kStages, unsigned(chunk / kStages % 2));
+      __syncwarp();  // with the lane that issued copies
       return shared_ + chunk % kStages * kStage;
     }
     __device__ __forceinline__ void release(int chunk) {

@@ -10,14 +10,19 @@ namespace {
 
 using namespace loraxs;
 
-struct Call {
+// What comes on stdin first; then x, w, bias, a, bt, pages, slots.
+struct Header {
+  int32_t half, major;   // fp16 instead of bf16; compute capability
+  int32_t late_falling;  // copies land as late as they may and threads run in falling order, or neither
+  int32_t M, N, K, r, S, wide_pages, has_bias, has_slots;
+  float scale;
+};
+
+struct Call : Header {
   void* y;
   float* p;
   const void *x, *w, *bias, *a, *bt, *pages;
   const int32_t* slots;
-  int M, N, K, r, S;
-  float scale;
-  bool wide_pages;
 };
 
 template <class T>
@@ -41,11 +46,11 @@ void run(const Call& g, const decode::Plan& plan) {
                        g.S,
                        plan.splits,
                        g.scale,
-                       g.wide_pages};
+                       g.wide_pages != 0};
   if (plan.two_kernels) {
     args.q = workspace.get();
-    const project::Args<T> first{g.p, workspace.get(), x,           a, g.pages, g.slots, g.M, g.K, g.r,
-                                 g.S, g.scale,         g.wide_pages};
+    const project::Args<T> first{g.p,     workspace.get(),  x, a, g.pages, g.slots, g.M, g.K, g.r, g.S,
+                                 g.scale, g.wide_pages != 0};
     const unsigned groups = unsigned((g.M + project::kTokens - 1) / project::kTokens);
     simt::launch(project::linear_project_kernel<T>,
                  {{project::kBlocks, groups}, project::kThreads, project::shared_bytes(g.r), project::kBlocks}, first);
@@ -66,48 +71,38 @@ void run(const Call& g, const decode::Plan& plan) {
       if (args.counters[tile] != 0) simt::fail("a counter was not left at zero");
 }
 
+// Exactly `size` bytes, from stdin or NaN in every float format; null if there are none.
+std::unique_ptr<unsigned char[]> read(size_t size) {
+  if (size == 0) return nullptr;
+  std::unique_ptr<unsigned char[]> bytes(new unsigned char[size]);
+  if (std::fread(bytes.get(), 1, size, stdin) != size) simt::fail("stdin ended early");
+  return bytes;
+}
+std::unique_ptr<unsigned char[]> poisoned(size_t size) {
+  std::unique_ptr<unsigned char[]> bytes(new unsigned char[size]);
+  std::memset(bytes.get(), 0xff, size);
+  return bytes;
+}
+
 }  // namespace
 
-// What the plan says, for the tests to check which kernel they ran: fits, two_kernels, cluster, bulk, splits.
-extern "C" void linear_decode_plan(int M, int N, int K, int r, int major, int* out) {
-  const decode::Plan plan = decode::plan(M, N, K, r, major);
-  out[0] = plan.fits, out[1] = plan.two_kernels, out[2] = plan.cluster, out[3] = plan.bulk, out[4] = plan.splits;
-}
+// Writes fits, two_kernels, cluster, bulk and splits of the plan as int32, then y and p if it fits.
+int main() {
+  Call g{};
+  if (std::fread(static_cast<Header*>(&g), sizeof(Header), 1, stdin) != 1) simt::fail("stdin ended early");
+  const decode::Plan plan = decode::plan(g.M, g.N, g.K, g.r, g.major);
+  const int32_t facts[] = {plan.fits, plan.two_kernels, plan.cluster, plan.bulk, plan.splits};
+  std::fwrite(facts, sizeof facts, 1, stdout);
+  if (!plan.fits) return 0;
 
-// sizes: M, N, K, r, S. `order` 0: copies land at once, threads in rising order; 1: as late as may be, falling.
-extern "C" int linear_decode(int half, int major, int order, void* y, float* p, const void* x, const void* w,
-                             const void* bias, const void* a, const void* bt, const void* pages, const int32_t* slots,
-                             const int* sizes, float scale, int wide_pages) {
-  const Call call{y,     p,        x,        w,        bias,     a,        bt,    pages,
-                  slots, sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], scale, wide_pages != 0};
-  const decode::Plan plan = decode::plan(call.M, call.N, call.K, call.r, major);
-  if (!plan.fits) return 1;
-  simt::late_copies = simt::falling_order = order != 0;
-  half ? run<Half>(call, plan) : run<Bfloat16>(call, plan);
-  return 0;
+  const size_t M = size_t(g.M), N = size_t(g.N), K = size_t(g.K), r = size_t(g.r), S = size_t(g.S);
+  const auto x = read(M * K * 2), w = read(N * K * 2), bias = read(g.has_bias ? N * 2 : 0), a = read(r * K * 2),
+             bt = read(r * N * 2), pages = read(S * r * r * (g.wide_pages ? 4 : 2)),
+             slots = read(g.has_slots ? M * 4 : 0), y = poisoned(M * N * 2), p = poisoned(M * r * 4);
+  g.x = x.get(), g.w = w.get(), g.bias = bias.get(), g.a = a.get(), g.bt = bt.get(), g.pages = pages.get();
+  g.slots = reinterpret_cast<const int32_t*>(slots.get()), g.y = y.get(), g.p = reinterpret_cast<float*>(p.get());
+  simt::late_copies = simt::falling_order = g.late_falling != 0;
+  g.half ? run<Half>(g, plan) : run<Bfloat16>(g, plan);
+  std::fwrite(y.get(), 1, M * N * 2, stdout);
+  std::fwrite(p.get(), 1, M * r * 4, stdout);
 }
-
-#if defined(LORAXS_MAIN)
-// Arguments, five at a time: M, N, K, r, major. Values do not matter here, addresses do.
-int main(int count, char** words) {
-  for (int i = 1; i + 4 < count; i += 5) {
-    int v[5];
-    for (int j = 0; j < 5; ++j) v[j] = std::atoi(words[i + j]);
-    const size_t M = size_t(v[0]), N = size_t(v[1]), K = size_t(v[2]), r = size_t(v[3]);
-    const auto numbers = [](size_t n) {
-      std::unique_ptr<Bfloat16[]> values(new Bfloat16[n]);
-      for (size_t j = 0; j < n; ++j) narrow(float(j % 7) - 3, values[j]);
-      return values;
-    };
-    const auto x = numbers(M * K), w = numbers(N * K), bias = numbers(N), a = numbers(r * K), bt = numbers(r * N),
-               pages = numbers(2 * r * r), y = numbers(M * N);
-    const std::unique_ptr<float[]> p(new float[M * r]);
-    const std::unique_ptr<int32_t[]> slots(new int32_t[M]);
-    for (size_t m = 0; m < M; ++m) slots[m] = int32_t(m % 3) - 1;
-    const int sizes[] = {v[0], v[1], v[2], v[3], 2};
-    if (linear_decode(0, v[4], i % 2, y.get(), p.get(), x.get(), w.get(), bias.get(), a.get(), bt.get(), pages.get(),
-                      slots.get(), sizes, 0.5f, 0) != 0)
-      simt::fail("a shape does not fit");
-  }
-}
-#endif

@@ -219,6 +219,7 @@ inline unsigned lane() { return current->index.x % kWarp; }
 #define blockIdx (simt::current->block->index)
 
 inline void __syncthreads() { simt::wait(simt::Wait::block); }
+inline void __syncwarp() { simt::wait(simt::Wait::warp); }
 inline void __threadfence() {}
 
 template <class T>

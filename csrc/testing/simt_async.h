@@ -36,7 +36,7 @@ inline void prefetch(const void* global) {
   volatile unsigned char byte = *static_cast<const unsigned char*>(global);
   (void)byte;
 }
-inline float load_shared_by_kernels(const float* global) { return *global; }
+inline float load_fresh(const float* global) { return *global; }
 
 struct Barrier {
   uint8_t arrivals, missing;

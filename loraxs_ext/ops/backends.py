@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from . import reference
+from . import decode, reference
 from .contract import LIBRARY, OPS, UNWRAPPED, check
 
 BACKENDS = ("auto", "cuda", "reference")
@@ -74,6 +74,10 @@ def _register() -> bool:
         )
         return False
     torch.ops.load_library(str(_OPS_LIBRARY))
+    if BACKEND == "cuda" and torch._C._dispatch_has_kernel_for_dispatch_key("loraxs::_linear_decode", "CUDA"):
+        first = decode.before(_checked("linear", reference.linear))
+        for name in ("linear", UNWRAPPED["linear"]):
+            LIBRARY.impl(name, first, "CUDA")
     return True
 
 
