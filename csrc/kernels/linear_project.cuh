@@ -69,7 +69,7 @@ __device__ __forceinline__ void apply_page(const Args<T>& g, int m, int64_t slot
 
 // Grid (8, ceil(M / 8)) in clusters of 8.
 template <class T>
-__global__ void __launch_bounds__(kThreads) linear_project_kernel(Args<T> g) {
+__global__ void __launch_bounds__(kThreads, 2) linear_project_kernel(Args<T> g) {
   if constexpr (kHasHopperCode) {
     // In this order: the next kernel counts on everything before this one being finished.
     wait_for_previous_kernel();

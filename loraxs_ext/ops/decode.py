@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache, wraps
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -35,12 +36,13 @@ def before(owner: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def takes(x: Tensor, weight: Tensor, a: Tensor, p_drop: float) -> bool:
-    """Whether the CUDA kernels compute this call of `linear`; the rule for the sizes is in kernels/linear_decode_plan.h.
+    """Whether the CUDA kernels compute this call of `linear`.
 
-    Half types without dropout on devices of capability 8, 9 and 10 that this build has machine code for; M <= 64 with
-    r <= 16, M <= 16 with r <= 32, and from 9.0 on M <= 128 with r <= 128; K a multiple of 8.
+    Half types without dropout, on devices of capability 8, 9 and 10 that this build has machine code for. By
+    csrc/kernels/linear_decode_plan.h: K a multiple of 8 and M <= 64 with r <= 16, M <= 16 with r <= 32, or from 9.0 on
+    M <= 128 with r <= 128.
     """
-    if p_drop or x.dtype not in _HALF or x.numel() == 0 or weight.dim() != 2:
+    if p_drop or x.dtype not in _HALF or x.numel() == 0 or not x.dim() or weight.dim() != 2 or a.dim() != 2:
         return False
     K = x.shape[-1]
     return _fits()(x.numel() // K, weight.shape[0], K, a.shape[0], _capability(x.device.index))
@@ -48,18 +50,14 @@ def takes(x: Tensor, weight: Tensor, a: Tensor, p_drop: float) -> bool:
 
 @cache
 def _fits() -> Callable[[int, int, int, int, int], bool]:
-    from .. import _C
-
-    return _C.linear_decode_fits
+    return import_module("loraxs_ext._C").linear_decode_fits
 
 
 @cache
 def _capability(index: int) -> int:
     """Major compute capability of the GPU; 0 if this build has no machine code for it."""
-    from .. import _C
-
     major, minor = torch.cuda.get_device_capability(index)
-    return major if runs_on(major, minor, _C.build_info()["cuda_archs"]) else 0
+    return major if runs_on(major, minor, import_module("loraxs_ext._C").build_info()["cuda_archs"]) else 0
 
 
 def runs_on(major: int, minor: int, archs: list[str]) -> bool:

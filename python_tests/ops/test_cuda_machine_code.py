@@ -21,7 +21,7 @@ ARCHS = ("sm_80", "sm_90a", "sm_100")
 # Mangled names: linear_decode_kernel<T, token tiles, rank tiles, copies, cluster>.
 DECODE = re.compile(r"linear_decode_kernelI\w+?Li(\d+)ELi(\d+)E\w*?(Thread|Bulk)CopiesELb([01])")
 PROJECT = re.compile(r"linear_project_kernel")
-REGISTERS = 65536  # of an SM, for the two blocks (one with bulk copies) of 128 threads that the kernels are made for
+REGISTERS = 65536  # of an SM
 
 
 def _cuobjdump() -> str:
@@ -81,7 +81,7 @@ def test_registers_leave_room_for_the_blocks_meant(resources):
             blocks = 1 if decode[3] == "Bulk" else 2
             assert usage["REG"] * 128 * blocks <= REGISTERS, f"{name}: {usage}"
         elif PROJECT.search(name):
-            assert usage["REG"] <= 64, f"{name}: {usage}"
+            assert usage["REG"] * 256 * 2 <= REGISTERS, f"{name}: {usage}"
 
 
 def test_expected_instructions(arch, instructions):
