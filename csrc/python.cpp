@@ -10,6 +10,7 @@
 
 #include "build_info.h"
 #include "cpu/features.h"
+#include "kernels/linear_decode_plan.h"
 
 namespace py = pybind11;
 
@@ -63,4 +64,13 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_isa", &cpu_isa, "The instruction-set level that the CPU ops use now.");
   m.def("set_cpu_isa", &set_cpu_isa, py::arg("name"),
         "Use this instruction-set level from now on; ValueError if it is unknown or this CPU lacks it.");
+  m.def(
+      "linear_decode_fits",
+      [](int64_t M, int64_t N, int64_t K, int64_t r, int capability) {
+        return loraxs::decode::plan(M, N, K, r, capability).fits;
+      },
+      py::arg("M"), py::arg("N"), py::arg("K"), py::arg("r"), py::arg("capability"),
+      "Whether loraxs::_linear_decode takes bf16 or fp16 of these sizes, without dropout, on a GPU of this major "
+      "compute "
+      "capability.");
 }

@@ -4,9 +4,9 @@
 
 #include <cstdint>
 
-namespace loraxs::cuda {
+#include "cuda/dtype.h"
 
-enum class Dtype { f32, bf16, f16, f64 };
+namespace loraxs::cuda {
 
 constexpr int kMaxAddDeltaRank = 384;
 

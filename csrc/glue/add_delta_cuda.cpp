@@ -1,44 +1,15 @@
 // loraxs::add_delta_ on CUDA: check, find the stream, launch.
-#include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <cstdlib>
 #include <cstring>
-#include <stdexcept>
 
 #include "cuda/add_delta.h"
-#include "glue/contract.h"
+#include "glue/cuda.h"
 
 namespace loraxs {
 namespace {
-
-// The symbol lives in libtorch_cuda, which a CPU-only torch does not have and torch loads privately: ask the loaded
-// library, so that this module also imports without it.
-cudaStream_t current_stream(int32_t device) {
-  using Get = AOTITorchError (*)(int32_t, void**);
-  static const Get get = [] {
-    void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
-    return library ? reinterpret_cast<Get>(dlsym(library, "aoti_torch_get_current_cuda_stream")) : nullptr;
-  }();
-  if (get == nullptr) throw std::runtime_error("loraxs: this torch has no CUDA support");
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(get(device, &stream));
-  return static_cast<cudaStream_t>(stream);
-}
-
-cuda::Dtype dtype_of(ScalarType t) {
-  switch (t) {
-    case ScalarType::BFloat16:
-      return cuda::Dtype::bf16;
-    case ScalarType::Half:
-      return cuda::Dtype::f16;
-    case ScalarType::Double:
-      return cuda::Dtype::f64;
-    default:
-      return cuda::Dtype::f32;
-  }
-}
 
 void add_delta_(Tensor y, const Tensor& x, const Tensor& a, const Tensor& b, const Tensor& pages,
                 const MaybeTensor& slots, double scale, double p_drop, const MaybeTensor& rng) {
@@ -65,13 +36,13 @@ void add_delta_(Tensor y, const Tensor& x, const Tensor& a, const Tensor& b, con
   const torch::stable::accelerator::DeviceGuard guard(device);
   const Tensor rows = dense(y), x_rows = dense(x), a_rows = dense(a), bt = transposed_basis(b),
                page_rows = dense(pages);
-  const cudaError_t error = cuda::add_delta(
-      {rows.mutable_data_ptr(), x_rows.const_data_ptr(), a_rows.const_data_ptr(), bt.const_data_ptr(),
-       page_rows.const_data_ptr(), slot_rows ? static_cast<const int32_t*>(slot_rows->const_data_ptr()) : nullptr,
-       words ? static_cast<const int64_t*>(words->const_data_ptr()) : nullptr, g.cutoff(), g.M.size, g.K.size, g.N.size,
-       g.S.size, int(g.r.size), scale, g.keep_scale, dtype_of(g.dtype), dtype_of(g.pages_dtype)},
-      current_stream(device));
-  if (error != cudaSuccess) throw std::runtime_error(std::string("loraxs::add_delta_: ") + cudaGetErrorString(error));
+  expect_launched(g.op, cuda::add_delta({rows.mutable_data_ptr(), x_rows.const_data_ptr(), a_rows.const_data_ptr(),
+                                         bt.const_data_ptr(), page_rows.const_data_ptr(),
+                                         slot_rows ? static_cast<const int32_t*>(slot_rows->const_data_ptr()) : nullptr,
+                                         words ? static_cast<const int64_t*>(words->const_data_ptr()) : nullptr,
+                                         g.cutoff(), g.M.size, g.K.size, g.N.size, g.S.size, int(g.r.size), scale,
+                                         g.keep_scale, dtype_of(g.dtype), dtype_of(g.pages_dtype)},
+                                        current_stream(device)));
   if (!y.is_contiguous()) torch::stable::copy_(y, rows);
 }
 

@@ -163,28 +163,36 @@ ScalarType accumulate_dtype(ScalarType dtype) {
   return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-Tensor empty_cpu(const int64_t* sizes, int64_t dim, ScalarType dtype) {
+Tensor empty_on(const int64_t* sizes, int64_t dim, ScalarType dtype, int32_t device_type, int32_t device) {
   constexpr int64_t kMaxDim = 64;  // as in torch
   int64_t strides[kMaxDim], step = 1;
   for (int64_t i = dim - 1; i >= 0; --i) strides[i] = step, step *= std::max<int64_t>(sizes[i], 1);
   AtenTensorHandle handle;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      dim, sizes, strides, torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
-      aoti_torch_device_type_cpu(), 0, &handle));
+      dim, sizes, strides, torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type, device,
+      &handle));
   return Tensor(handle);
+}
+
+Tensor empty_cpu(const int64_t* sizes, int64_t dim, ScalarType dtype) {
+  return empty_on(sizes, dim, dtype, aoti_torch_device_type_cpu(), 0);
 }
 
 Tensor empty_cpu(std::initializer_list<int64_t> sizes, ScalarType dtype) {
   return empty_cpu(sizes.begin(), int64_t(sizes.size()), dtype);
 }
 
-Tensor empty_rows(const Tensor& like, int64_t last, ScalarType dtype) {
+Tensor empty_rows(const Tensor& like, int64_t last, ScalarType dtype, int32_t device_type, int32_t device) {
   constexpr int64_t kMaxDim = 64;
   int64_t sizes[kMaxDim];
   const int64_t dim = like.dim();
   std::copy_n(like.sizes().data(), dim - 1, sizes);
   sizes[dim - 1] = last;
-  return empty_cpu(sizes, dim, dtype);
+  return empty_on(sizes, dim, dtype, device_type, device);
+}
+
+Tensor empty_rows(const Tensor& like, int64_t last, ScalarType dtype) {
+  return empty_rows(like, last, dtype, aoti_torch_device_type_cpu(), 0);
 }
 
 Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }

@@ -69,11 +69,14 @@ class Problem {
 
 ScalarType accumulate_dtype(ScalarType dtype);
 
-// Uninitialised, contiguous, on the CPU.
+// Uninitialised and contiguous; device types as in the C shims.
+Tensor empty_on(const int64_t* sizes, int64_t dim, ScalarType dtype, int32_t device_type, int32_t device);
+// The same on the CPU.
 Tensor empty_cpu(const int64_t* sizes, int64_t dim, ScalarType dtype);
 Tensor empty_cpu(std::initializer_list<int64_t> sizes, ScalarType dtype);
 // [..., last] with the leading dimensions of `like`.
 Tensor empty_rows(const Tensor& like, int64_t last, ScalarType dtype);
+Tensor empty_rows(const Tensor& like, int64_t last, ScalarType dtype, int32_t device_type, int32_t device);
 
 Tensor dense(const Tensor& t);
 // b [N, r] as contiguous bt [r, N]; no copy when b is the transpose of one.

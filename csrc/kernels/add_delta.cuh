@@ -28,12 +28,6 @@ struct AddDelta {
   double scale, keep_scale;
 };
 
-template <class A>
-__device__ __forceinline__ A warp_sum(A v) {
-  for (int step = 16; step > 0; step /= 2) v += __shfl_xor_sync(0xffffffffu, v, step);
-  return v;
-}
-
 // p[i] of token m for all ranks, by one warp; lanes take groups of four columns, as the random numbers come in fours.
 template <class A, class T, class P>
 __device__ void project_token(const AddDelta<T, P>& g, int64_t m, A* p) {
@@ -67,7 +61,7 @@ __device__ void project_token(const AddDelta<T, P>& g, int64_t m, A* p) {
 }
 
 template <class A, class T, class P>
-__global__ void __launch_bounds__(kThreads) add_delta_kernel(AddDelta<T, P> g) {
+__global__ void __launch_bounds__(kThreads, 2) add_delta_kernel(AddDelta<T, P> g) {
   LORAXS_DYNAMIC_SHARED(A, sp);  // [kTokens, r]
   A* sq = sp + kTokens * g.r;    // [kTokens, r]
   const int64_t m0 = int64_t(blockIdx.x) * kTokens;
@@ -79,8 +73,7 @@ __global__ void __launch_bounds__(kThreads) add_delta_kernel(AddDelta<T, P> g) {
 
   for (int t = int(threadIdx.x); t < tokens * g.r; t += kThreads) {
     const int token = t / g.r, i = t % g.r;
-    const int64_t slot = g.slots != nullptr ? g.slots[m0 + token] : 0;
-    if (slot < -1 || slot >= g.S) stop();
+    const int64_t slot = slot_of(g.slots, m0 + token, g.S);
     A sum = 0;
     for (int j = 0; slot >= 0 && j < g.r; ++j) {
       A tr;
@@ -96,9 +89,14 @@ __global__ void __launch_bounds__(kThreads) add_delta_kernel(AddDelta<T, P> g) {
     for (int i = 0; i < g.r; ++i) {
       A tb;
       widen(g.bt[i * g.N + n], tb);
-      for (int token = 0; token < tokens; ++token) sum[token] += sq[token * g.r + i] * tb;
+      // Unrolled over the whole tile, so that the sums stay in registers.
+#pragma unroll
+      for (int token = 0; token < kTokens; ++token)
+        if (token < tokens) sum[token] += sq[token * g.r + i] * tb;
     }
-    for (int token = 0; token < tokens; ++token) {
+#pragma unroll
+    for (int token = 0; token < kTokens; ++token) {
+      if (token >= tokens) break;
       // A base row is left alone: adding zero could still change a bit.
       if (g.slots != nullptr && g.slots[m0 + token] < 0) continue;
       T& y = g.y[(m0 + token) * g.N + n];

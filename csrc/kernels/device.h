@@ -28,3 +28,34 @@ __device__ __forceinline__ void stop() { __trap(); }
 #else
 #include "testing/simt.h"
 #endif
+
+namespace loraxs {
+
+// What one memory instruction moves: 16 bytes of a 16-bit type, or two times 16 of fp32.
+template <class T>
+struct alignas(16) Eight {
+  T v[8];
+};
+template <class T>
+struct alignas(4 * sizeof(T)) Four {
+  T v[4];
+};
+// Eight 16-bit numbers as the registers of an MMA operand.
+struct alignas(16) Pairs {
+  uint32_t v[4];
+};
+
+template <class A>
+__device__ __forceinline__ A warp_sum(A v) {
+  for (int step = 16; step > 0; step /= 2) v += __shfl_xor_sync(0xffffffffu, v, step);
+  return v;
+}
+
+// Slot of token m; the device stops on a value outside [-1, S) before anything is read with it.
+__device__ __forceinline__ int64_t slot_of(const int32_t* slots, int64_t m, int64_t S) {
+  const int64_t slot = slots != nullptr ? slots[m] : 0;
+  if (slot < -1 || slot >= S) stop();
+  return slot;
+}
+
+}  // namespace loraxs

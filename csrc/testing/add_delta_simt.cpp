@@ -24,8 +24,8 @@ void run(void* y, const void* x, const void* a, const void* bt, const void* page
                          int(r),
                          scale,
                          keep_scale};
-  simt::launch(add_delta_kernel<A, T, P>, unsigned((M + kTokens - 1) / kTokens), kThreads,
-               size_t(2 * kTokens * r) * sizeof(A), g);
+  simt::launch(add_delta_kernel<A, T, P>,
+               {{unsigned((M + kTokens - 1) / kTokens), 1}, kThreads, size_t(2 * kTokens * r) * sizeof(A)}, g);
 }
 
 }  // namespace

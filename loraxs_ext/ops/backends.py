@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from . import reference
+from . import decode, reference
 from .contract import LIBRARY, OPS, UNWRAPPED, check, tensors_of
 
 BACKENDS = ("auto", "triton", "cuda", "reference")
@@ -120,10 +120,17 @@ def _register_triton() -> None:
     """Triton owns what no compiled kernel owns on GPUs. Triton itself is imported by the first call."""
     for op in OPS.keys() & TRITON_OPS.keys():
         owner = _checked(op, _triton_owner(op))
+        if op == "linear" and _decodes_in_cuda():
+            owner = decode.before(owner)
         for name in filter(None, (op, UNWRAPPED.get(op))):
             if not _has_kernel(name, "CUDA"):
                 LIBRARY.impl(name, owner, "CUDA")
                 _TRITON_OWNS.add(op)
+
+
+def _decodes_in_cuda() -> bool:
+    """Whether the CUDA kernels for few tokens come before Triton's: where they are built and asked for."""
+    return BACKEND == "cuda" and _has_kernel("_linear_decode", "CUDA")
 
 
 def _has_kernel(name: str, key: str) -> bool:
@@ -234,5 +241,6 @@ def _cuda_owner(op: str) -> str:
     old = [f"cuda:{index}" for index in devices if _obstacle(index)]
     if old and len(old) == len(devices):
         return f"plain torch, as Triton's kernels need compute capability {_version(TRITON_CAPABILITY)}"
+    few = "CUDA for few tokens, " if op == "linear" and _decodes_in_cuda() else ""
     tall = [] if op == "project" else [f"r > {TRITON_MAX_RANK}"]
-    return "Triton, plain torch for " + ", ".join([*old, "fp64", *tall])
+    return few + "Triton, plain torch for " + ", ".join([*old, "fp64", *tall])

@@ -74,6 +74,8 @@ for _name, _op in OPS.items():
     LIBRARY.define(_name + _op.schema)
     if _name in UNWRAPPED:
         LIBRARY.define(UNWRAPPED[_name] + _op.schema)
+# The CUDA kernel for few tokens: the owner of `linear` on a GPU calls it where it fits (see backends.py).
+LIBRARY.define("_linear_decode" + OPS["linear"].schema)
 
 _SHAPE = re.compile(r"(\w+)(\??)\[([^\]]*)\]")
 _SHAPES = {
@@ -180,6 +182,7 @@ def _check_dtype(op: str, name: str, dtype: torch.dtype, first: str, first_dtype
         raise ValueError(f"loraxs::{op}: {name}: expected dtype {expected} (for {first} in {first_dtype}), got {dtype}")
 
 
+@torch.library.register_fake("loraxs::_linear_decode", lib=LIBRARY)
 @torch.library.register_fake("loraxs::_linear", lib=LIBRARY)
 @torch.library.register_fake("loraxs::linear", lib=LIBRARY)
 def _linear_fake(x, weight, bias, a, b, pages, slots, scale, p_drop=0.0, rng=None):

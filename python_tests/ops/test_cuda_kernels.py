@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,11 +12,7 @@ from loraxs_ext.ops import reference
 from loraxs_ext.ops.philox import drop_threshold
 
 from .problems import DTYPES, Problem, assert_within_twice, make
-
-CSRC = Path(__file__).parents[2] / "csrc"
-COMPILER = shutil.which("g++")
-# The shim's fibers switch stacks behind the back of -fsanitize=address; undefined behaviour it can watch.
-FLAGS = ["-std=c++20", "-O1", "-g", "-fPIC", "-shared", "-fsanitize=undefined", "-fno-sanitize-recover=all"]
+from .simt import build
 
 # (M, K, N, r, S): part of a token tile, several of them, widths that are no multiple of four, ranks over one pass.
 SHAPES = {
@@ -32,12 +25,8 @@ SHAPES = {
 
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory) -> ctypes.CDLL:
-    if COMPILER is None:
-        pytest.skip("g++ is not installed")
-    library = tmp_path_factory.mktemp("simt") / "add_delta.so"
-    source = CSRC / "testing" / "add_delta_simt.cpp"
-    subprocess.run([COMPILER, *FLAGS, f"-I{CSRC}", str(source), "-o", str(library)], check=True)
-    return ctypes.CDLL(str(library))
+    output = tmp_path_factory.mktemp("simt") / "add_delta.so"
+    return ctypes.CDLL(str(build("add_delta_simt.cpp", output, "-fPIC", "-shared", "-fsanitize=undefined")))
 
 
 def run(kernels: ctypes.CDLL, name: str, p: Problem, y: Tensor) -> Tensor:
