@@ -25,11 +25,12 @@ if __package__ in (None, ""):
 import torch  # noqa: E402
 
 from benchmarks._measure import RESULTS  # noqa: E402
-from benchmarks.gpu.cells import KINDS  # noqa: E402
+from benchmarks.gpu.cells import BASIS, KINDS  # noqa: E402
 from benchmarks.gpu.collect import Collector  # noqa: E402
 from benchmarks.gpu.stages import Deadline, build, sanitize, test  # noqa: E402
 
 STAGES = ("build", "tests", "sanitizer")
+MEASURED = (*KINDS, BASIS)
 TOTAL_SECONDS = 560.0
 # Kept back for writing the result and for the end of the cell that is under way.
 RESERVE_SECONDS = 12.0
@@ -38,7 +39,7 @@ RESERVE_SECONDS = 12.0
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the JSON; default benchmarks/results")
-    parser.add_argument("--only", nargs="+", choices=STAGES + KINDS, help="these stages and kinds of cells alone")
+    parser.add_argument("--only", nargs="+", choices=STAGES + MEASURED, help="these stages and kinds of cells alone")
     parser.add_argument("--skip-build", action="store_true", help="use what is built")
     parser.add_argument("--seconds", type=float, default=TOTAL_SECONDS, help="of the whole call")
     parser.add_argument("--cell-seconds", type=float, default=0.4, help="of timing per cell")
@@ -49,8 +50,8 @@ def main(argv: list[str] | None = None) -> int:
         print("gpu_check: torch finds no CUDA device here; --dry-run walks the code without one.", file=sys.stderr)
         return 2
     deadline = Deadline(arguments.seconds)
-    wanted = set(arguments.only or STAGES + KINDS) - ({"build"} if arguments.skip_build else set())
-    kinds = tuple(kind for kind in KINDS if kind in wanted)
+    wanted = set(arguments.only or STAGES + MEASURED) - ({"build"} if arguments.skip_build else set())
+    kinds = tuple(kind for kind in MEASURED if kind in wanted)
     arguments.output.mkdir(parents=True, exist_ok=True)
     name = "dry-run" if arguments.dry_run else re.sub(r"\W+", "-", torch.cuda.get_device_name(0).lower()).strip("-")
     path = arguments.output / f"gpu-{name}.json"
@@ -86,6 +87,8 @@ def show(result: dict[str, Any]) -> None:
         print(f"{row['kind']:9} M{row['M']:<6} {row['K']}->{row['N']} r{row['r']:<3} {ratios}")
         for name, reason in (row["refused"] | row["failed"]).items():
             print(f"    no figure for {name}: {reason}")
+    for row in result["basis"]:
+        print(f"basis     {row}")
     for failure in result["failures"]:
         print(f"FAILED {failure}")
     for verdict in result["targets"]:

@@ -100,9 +100,9 @@ def examine() -> dict[str, Any]:
     if len(devices) > 1 and build and not build["cuda"]:
         hint = "with nvcc on PATH: LORAXS_CUDA=on pip install --no-build-isolation -e ."
         notes.append({"what": "there is a CUDA device, but this build has no CUDA kernels", "hint": hint})
-    if ops.backends.BACKEND != "auto":
+    if ops.backends.BACKEND == "reference":
         hint = "unset LORAXS_BACKEND to use the fast owners"
-        notes.append({"what": f"LORAXS_BACKEND={ops.backends.BACKEND}: no op uses its fast owner", "hint": hint})
+        notes.append({"what": "LORAXS_BACKEND=reference: no op uses its fast owner", "hint": hint})
     elif build and not ops.backends.COMPILED:
         hint = "build again: pip install --no-build-isolation -e ."
         problems.append({"what": "the compiled ops are not there, every op runs in plain torch", "hint": hint})

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 KINDS = ("decode", "prefill", "training", "edora", "stacked")
+# Measured beside the cells: the bases of whole models (`basis.measure`).
+BASIS = "basis"
 
 # (N, K): square, up, down and key/value projections of an 8B model.
 WIDTHS = ((4096, 4096), (14336, 4096), (4096, 14336), (1024, 4096))
@@ -70,16 +72,22 @@ class Cell:
         return {**asdict(self), "adapters": self.adapters, "weight_sets": self.weight_sets}
 
 
-def plan(kinds: tuple[str, ...] = KINDS) -> list[Cell]:
-    """All cells of `kinds` in the order of their value: what a target names, then one shape, then the others."""
+def named_cells() -> list[Cell]:
+    """What targets speak of, the first of them at the shape that most people ask about."""
     first, *others = WIDTHS
-    named = [Cell("decode", M, *first, r) for r in (16, 64) for M in DECODE_TOKENS[:4]]
-    named += [Cell("prefill", 4096, *first, r) for r in (16, 64)]
-    named += [Cell("training", 4096, *first, 16)]
-    named += [Cell("edora", 4096, *first, 16), Cell("edora", 64, *first, 16)]
-    # At 64 distinct adapters every shape must beat gathered LoRA.
-    named += [Cell("decode", 64, *width, r) for width, r in itertools.product(others, RANKS)]
-    named += [Cell("stacked", M, *first, 16) for M in (4096, 64)]
+    return [
+        *(Cell("decode", M, *first, r) for r in (16, 64) for M in DECODE_TOKENS[:4]),
+        *(Cell("prefill", 4096, *first, r) for r in (16, 64)),
+        Cell("training", 4096, *first, 16),
+        *(Cell("edora", M, *first, 16) for M in (4096, 64)),
+        # At 64 distinct adapters every shape must beat gathered LoRA.
+        *(Cell("decode", 64, *width, r) for width, r in itertools.product(others, RANKS)),
+        *(Cell("stacked", M, *first, 16) for M in (4096, 64)),
+    ]
+
+
+def plan(kinds: tuple[str, ...] = KINDS) -> list[Cell]:
+    """All cells of `kinds` in the order of their value: `named_cells`, then one width after the other."""
     rest = [
         cell
         for width in WIDTHS
@@ -89,7 +97,7 @@ def plan(kinds: tuple[str, ...] = KINDS) -> list[Cell]:
             *(Cell("decode", M, *width, r) for r in RANKS for M in DECODE_TOKENS),
         )
     ]
-    return [cell for cell in dict.fromkeys(named + rest) if cell.kind in kinds]
+    return [cell for cell in dict.fromkeys([*named_cells(), *rest]) if cell.kind in kinds]
 
 
 def dry_plan(kinds: tuple[str, ...] = KINDS) -> list[Cell]:

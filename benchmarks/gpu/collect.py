@@ -40,6 +40,7 @@ class Collector:
         self.stages: dict[str, Any] = {}
         self.rows: dict[int, dict[str, Any]] = {}
         self.memory: dict[str, Any] | None = None
+        self.basis: list[dict[str, Any]] = []
         self.failures: list[dict[str, Any]] = []
         self.planned: list[str] = []
 
@@ -113,6 +114,8 @@ class Collector:
             self.ceilings = event
         elif kind == "memory":
             self.memory = event["row"]
+        elif kind == "basis":
+            self.basis = event["rows"]
         elif kind == "row":
             row = event["row"]
             if self.dry:
@@ -140,6 +143,7 @@ class Collector:
             "stages": self.stages,
             "targets": [] if self.dry else judge(rows, self.memory),
             "memory": self.memory,
+            "basis": self.basis,
             "failures": self.failures,
             "missing": [cell for number, cell in enumerate(self.planned) if number not in self.rows],
             "rows": rows,

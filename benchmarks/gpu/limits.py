@@ -45,7 +45,8 @@ def measure_ceilings(clock: Clock, device: torch.device, dry: bool) -> Ceilings:
     def product() -> torch.Tensor:
         return left @ right
 
-    copy(), product()
+    copy()
+    product()
     copied = statistics.median(clock.seconds(copy, 4) for _ in range(ROUNDS)) / 4
     multiplied = statistics.median(clock.seconds(product, 4) for _ in range(ROUNDS)) / 4
     return Ceilings(2 * source.nbytes / copied, 2 * size**3 / multiplied)

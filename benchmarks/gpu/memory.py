@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,15 +37,11 @@ def measure_memory(cell: Cell, device: torch.device) -> dict[str, Any]:
     """Saved bytes of LoRA-XS, its naive form and PEFT's LoRA at the shape of a training cell."""
     layer, inputs = make_layer(cell, device), make_inputs(cell, device)
     row: dict[str, Any] = {**cell.to_dict(), "saved_bytes": {}}
-    for name, factory in {"loraxs": LoraXS, "naive": Naive, "PEFT LoRA": PeftLora}.items():
-        provider: Any = factory(cell, layer, inputs)
-        frozen = [layer.weight, layer.a, layer.b, layer.pages]
-        if isinstance(provider, LoraXS):
-            forward = provider._forward
-        else:
-            frozen += [provider.A, provider.B]
-            forward = lambda provider=provider: provider.module(provider.x)  # noqa: E731
-        row["saved_bytes"][name] = saved_bytes(forward, frozen)
+    frozen = [layer.weight, layer.a, layer.b, layer.pages]
+    for name, factory in {"loraxs": LoraXS, "naive": Naive}.items():
+        row["saved_bytes"][name] = saved_bytes(factory(cell, layer, inputs)._forward, frozen)
+    lora = PeftLora(cell, layer, inputs)
+    row["saved_bytes"]["PEFT LoRA"] = saved_bytes(partial(lora.module, lora.x), [*frozen, lora.A, lora.B])
     row["expected_bytes"] = 4 * cell.M * cell.r
     row["x_bytes"] = inputs.x.nbytes
     return row

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from loraxs_ext import ops
+from loraxs_ext.ops import decode
 
 DISPATCHER = "loraxs"
 PLAIN_TORCH = "plain torch"
@@ -73,7 +74,7 @@ def laid_out(owner: str, weight: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 def _cuda(op: str) -> Callable[..., Any]:
     """The kernels of csrc/cuda: those for few tokens have an op of their own, add_delta_ is registered if asked for."""
-    if op == "linear" and hasattr(torch.ops.loraxs, "_linear_decode"):
+    if op == "linear" and torch._C._dispatch_has_kernel_for_dispatch_key("loraxs::_linear_decode", "CUDA"):
         return _linear_decode
     if op == "add_delta_" and ops.backends.owners()[op]["cuda"] == CUDA:
         return torch.ops.loraxs.add_delta_.default
@@ -82,7 +83,7 @@ def _cuda(op: str) -> Callable[..., Any]:
 
 def _linear_decode(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, *others: Any) -> Any:
     p_drop = others[4] if len(others) > 4 else 0.0
-    if not importlib.import_module("loraxs_ext.ops.decode").takes(x, weight, a, p_drop):
+    if not (x.is_cuda and decode.takes(x, weight, a, p_drop)):
         raise NotBuilt(f"{CUDA} does not take x {list(x.shape)} with r = {a.shape[0]} and p_drop = {p_drop}")
     return torch.ops.loraxs._linear_decode.default(x, weight, bias, a, *others)
 

@@ -84,9 +84,8 @@ class GatheredLora:
     def __init__(self, cell: Cell, layer: Layer, inputs: Inputs) -> None:
         self.cell, self.layer, self.inputs = cell, layer, inputs
         self.work = lora_work(cell, cell.adapters)
-        like = {"device": layer.weight.device, "dtype": layer.weight.dtype}
-        self.A = torch.randn(cell.adapters, cell.r, cell.K, **like) / cell.K**0.5
-        self.B = torch.randn(cell.adapters, cell.N, cell.r, **like) / cell.N**0.5
+        self.A = layer.weight.new_empty(cell.adapters, cell.r, cell.K).normal_() / cell.K**0.5
+        self.B = layer.weight.new_empty(cell.adapters, cell.N, cell.r).normal_() / cell.N**0.5
         assert inputs.slots is not None
         self.slots = inputs.slots.long()
         self._check()

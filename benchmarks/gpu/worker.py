@@ -16,7 +16,8 @@ from typing import Any, TextIO
 import torch
 
 from benchmarks._measure import environment, gpu_environment
-from benchmarks.gpu.cells import KINDS, WIDTHS, Cell, dry_plan, plan
+from benchmarks.gpu import basis
+from benchmarks.gpu.cells import BASIS, KINDS, WIDTHS, Cell, dry_plan, named_cells, plan
 from benchmarks.gpu.clock import Clock, CpuClock, CudaClock
 from benchmarks.gpu.limits import measure_ceilings
 from benchmarks.gpu.measure import measure
@@ -32,7 +33,7 @@ def main() -> None:
     parser.add_argument("--until", type=float, required=True, help="time.time() at which to stop")
     parser.add_argument("--first", type=int, default=0, help="number of the cell to begin with")
     parser.add_argument("--exclude", nargs="*", default=[], help="kind:provider of those that broke the device")
-    parser.add_argument("--kinds", nargs="*", default=list(KINDS))
+    parser.add_argument("--kinds", nargs="*", default=[*KINDS, BASIS])
     parser.add_argument("--seconds", type=float, default=0.5, help="of alternation per cell")
     parser.add_argument("--dry-run", action="store_true")
     arguments = parser.parse_args()
@@ -50,8 +51,16 @@ def main() -> None:
     tell(stream, "ceilings", copy_bytes_per_second=ceilings.bandwidth, bf16_flop_per_second=ceilings.flops)
     if arguments.first == 0 and "training" in kinds:
         tell(stream, "memory", row=measure_memory(_memory_cell(dry), device))
-    for number in range(arguments.first, len(cells)):
+    # After what the targets name, before the rest of the grid.
+    basis_before = min(sum(cell in named_cells() for cell in cells), len(cells))
+    for number in range(arguments.first, len(cells) + 1):
         if time.time() > arguments.until:
+            break
+        if number == basis_before and BASIS in kinds and f"{BASIS}:{BASIS}" not in arguments.exclude:
+            tell(stream, "begin", cell=number, kind=BASIS, provider=BASIS)
+            rows = basis.measure(device, dry=dry, bandwidth=None if dry else ceilings.bandwidth)
+            tell(stream, "basis", rows=rows)
+        if number == len(cells):
             break
         row = measure(
             cells[number],

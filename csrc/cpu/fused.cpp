@@ -19,8 +19,9 @@ constexpr int64_t kColumnGrain = 32, kMaxTokens = 512, kMaxRank = 256, kPanelByt
 // whose rows of W stay in L2 from one block of tokens to the next.
 constexpr int64_t kDotTokens = 12, kStrip = 64;
 
-// Up to here every thread packs all tokens for itself, which costs less than to wait for each other once more.
-constexpr int64_t kFewTokens = 32;
+// Up to here every thread packs all tokens, and reads the pages of all of them, for itself: that costs less than to
+// wait for each other once more.
+constexpr int64_t kFewTokens = 32, kFewPageElements = 32 << 10;
 
 // Multiply-adds of one core in the time of a fork and join, about 10 us.
 template <class T>
@@ -73,7 +74,8 @@ class Call {
       if (g_.M <= kDotTokens) return run_dots();
     const int64_t blocks = (g_.N + kColumnGrain - 1) / kColumnGrain, chunk = tokens_at_once();
     const bool alone = thread_count() == 1 || g_.M * g_.K * g_.N < kInlineWork<T>;
-    if (alone || g_.M <= kFewTokens) {
+    const int64_t page_elements = (g_.slots ? g_.M : 1) * g_.r * g_.r;
+    if (alone || (g_.M <= kFewTokens && page_elements <= kFewPageElements)) {
       const auto task = [&](int64_t b0, int64_t b1) {
         for (int64_t m = 0; m < g_.M; m += chunk) {
           const int64_t count = std::min(chunk, g_.M - m);

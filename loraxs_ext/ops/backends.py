@@ -233,6 +233,8 @@ def _cpu_owner(op: str) -> str:
 
 
 def _cuda_owner(op: str) -> str:
+    if (op, "cuda") in _COMPOSED:
+        return _COMPOSED[op, "cuda"]
     if op not in _TRITON_OWNS:
         return "CUDA" if _has_kernel(op, "CUDA") else "plain torch"
     if find_spec("triton") is None:

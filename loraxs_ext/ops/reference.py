@@ -284,6 +284,8 @@ def randomized_svd(
         Signs are such that ⟨u_i, h⟩ ≥ 0 for a fixed pseudo-random h, which rounding of W hardly ever turns.
     """
     check_rank(W, rank)
+    if not bool(torch.isfinite(W).all()):
+        raise ValueError("loraxs::randomized_svd: W: expected finite values, got NaN or Inf")
     U, S, Vh = torch.linalg.svd(W.double(), full_matrices=False)
     left, right = U[..., :rank].mT, Vh[:, :rank]
     probe = probes(1, W.shape[1], SIGN, device=W.device, dtype=torch.float64)[0]

@@ -6,15 +6,14 @@ import warnings
 
 import numpy as np
 import pytest
-import sklearn
 import torch
-from sklearn.decomposition import TruncatedSVD
 from torch import Tensor
 
 from loraxs_ext.basis import Recipe, decompose
 
 from .matrices import defect, gaussian, power_law, spiked, subspace_sine
 
+sklearn = pytest.importorskip("sklearn", reason="scikit-learn is what the basis is compared with")
 SKLEARN_RULE = "columns of B" if tuple(map(int, sklearn.__version__.split(".")[:2])) >= (1, 5) else "rows of A"
 
 # Name: weight, rank, and the relative difference of ΔW that is allowed.
@@ -33,6 +32,8 @@ WEIGHTS = {
 def reference(W: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """A and B as the reference code computes them."""
     X = W.numpy().T
+    from sklearn.decomposition import TruncatedSVD
+
     svd = TruncatedSVD(n_components=rank, n_iter=10, random_state=42)
     svd.fit(X)
     return torch.from_numpy(X @ svd.components_.T).T, torch.from_numpy(svd.components_).T

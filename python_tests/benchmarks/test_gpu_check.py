@@ -57,7 +57,7 @@ def test_dry_run_walks_everything_and_records_no_figure(tmp_path):
         "sanitizer": ["walked"],
     }
     assert [row["kind"] for row in found["rows"]] == list(KINDS)
-    assert found["failures"] == [] and found["missing"] == []
+    assert found["failures"] == [] and found["missing"] == [] and found["basis"]
     for row in found["rows"]:
         assert row["failed"] == {} and "times" not in row and "ratio" not in row
         assert {"F.linear", "loraxs"} <= set(row["errors"])
