@@ -243,8 +243,7 @@ __device__ __forceinline__ bool arrives_last(unsigned* counter, unsigned splits,
 
 // Grid (splits, ceil(N / 128)) of kThreads. With kCluster, the splits of a tile form a cluster and add their parts
 // through each other's shared memory, a share of the rows each; otherwise the last to come adds them from global
-// memory. kRankTiles is ceil(r / 16); 0 if q comes from linear_project, which may still run while this kernel streams
-// W.
+// memory. kRankTiles is ceil(r / 16), or 0 if q comes from linear_project, which may run on while W streams.
 template <class T, int kTokenTiles, int kRankTiles, class Copies, bool kCluster>
 __global__ void __launch_bounds__(kThreads, Copies::kBlocksPerSm) linear_decode_kernel(Args<T> g) {
   if constexpr (kHasHopperCode || !kCluster) {

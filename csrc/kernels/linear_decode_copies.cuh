@@ -34,8 +34,7 @@ __device__ __forceinline__ const T* source_row(const Operands<T>& g, int n0, int
 }
 
 // cp.async: any K that is a multiple of 8. 16-byte pieces change places within 128 bytes, so that ldmatrix meets no
-// bank twice. Under way per block: (stages - 1) x 16 KB of W, 32 to 48 KB, with two blocks per SM where there are as
-// many.
+// bank twice. Under way per block: (stages - 1) x 16 KB of W, 32 to 48 KB; an SM has room for two blocks.
 struct ThreadCopies {
   static constexpr int kChunk = 64, kBlocksPerSm = 2;
 
