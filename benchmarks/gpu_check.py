@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments.output.mkdir(parents=True, exist_ok=True)
     name = "dry-run" if arguments.dry_run else re.sub(r"\W+", "-", torch.cuda.get_device_name(0).lower()).strip("-")
     path = arguments.output / f"gpu-{name}.json"
-    collector = Collector(path, deadline, commit=arguments.commit, dry=arguments.dry_run)
+    collector = Collector(path, deadline, commit=arguments.commit, is_dry=arguments.dry_run)
     if "build" in wanted:
         collector.stage("build", build(deadline, arguments.dry_run))
     # Neither of these is timed, so they may share the device.

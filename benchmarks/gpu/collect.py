@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from benchmarks._measure import ROOT, write_json
+from benchmarks.gpu import dry
 from benchmarks.gpu.stages import TAIL_CHARACTERS, Deadline, end
 from benchmarks.gpu.targets import judge
 
@@ -30,11 +31,11 @@ class Collector:
         path: the JSON file.
         deadline: of the whole call.
         commit: stands in where there is no git folder.
-        dry: whether this is a dry run, whose rows hold no times.
+        is_dry: whether this is a dry run, whose rows hold no times.
     """
 
-    def __init__(self, path: Path, deadline: Deadline, *, commit: str | None, dry: bool) -> None:
-        self.path, self.deadline, self.commit, self.dry = path, deadline, commit, dry
+    def __init__(self, path: Path, deadline: Deadline, *, commit: str | None, is_dry: bool) -> None:
+        self.path, self.deadline, self.commit, self.dry = path, deadline, commit, is_dry
         self.environment: dict[str, Any] = {}
         self.ceilings: dict[str, Any] = {}
         self.stages: dict[str, Any] = {}
@@ -75,8 +76,7 @@ class Collector:
         command = [*WORKER, "--until", str(until), "--first", str(first)]
         command += ["--seconds", str(cell_seconds), "--kinds", *kinds, "--exclude", *excluded]
         command += ["--dry-run"] if self.dry else []
-        # Without a device, Triton's interpreter runs its kernels; it has to know before anything imports it.
-        settings = os.environ | ({"TRITON_INTERPRET": "1"} if self.dry else {})
+        settings = os.environ | (dry.ENVIRONMENT if self.dry else {})
         doing: dict[str, Any] = {}
         with tempfile.TemporaryFile("w+", errors="replace") as log:
             child = subprocess.Popen(

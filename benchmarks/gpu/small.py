@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu import owners
+from benchmarks.gpu.dry import correct_the_interpreter
 
 # (M, K, N, r, S): odd widths and rank, more rows than one tile, a batch for the kernels of many tokens. Few, because
 # every one compiles kernels of its own.
@@ -59,6 +60,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one shape, as a dry run wants it")
     arguments = parser.parse_args()
     device, shapes = arguments.device, SHAPES[:1] if arguments.quick else SHAPES
+    if device == "cpu":
+        correct_the_interpreter()
     for owner in owners.OWNERS:
         try:
             for shape in shapes:

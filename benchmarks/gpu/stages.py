@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks._measure import ROOT
+from benchmarks.gpu.dry import ENVIRONMENT
 
 # Together they leave a third of the call to the measurements, should all of them run to their ends.
 BUILD_SECONDS = 180.0
@@ -154,7 +155,7 @@ def sanitize(deadline: Deadline, dry: bool) -> dict[str, Any]:
     small = [sys.executable, "-m", "benchmarks.gpu.small"]
     if dry:
         command = [*small, "--device", "cpu", "--quick"]
-        return {"walked": run(command, deadline.left(SANITIZER_SECONDS), {"TRITON_INTERPRET": "1"})}
+        return {"walked": run(command, deadline.left(SANITIZER_SECONDS), ENVIRONMENT)}
     found = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     if found is None:
         return {"outcome": "compute-sanitizer is not installed"}

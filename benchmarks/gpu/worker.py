@@ -19,6 +19,7 @@ from benchmarks._measure import environment, gpu_environment
 from benchmarks.gpu import basis
 from benchmarks.gpu.cells import BASIS, KINDS, WIDTHS, Cell, dry_plan, named_cells, plan
 from benchmarks.gpu.clock import Clock, CpuClock, CudaClock
+from benchmarks.gpu.dry import correct_the_interpreter
 from benchmarks.gpu.limits import measure_ceilings
 from benchmarks.gpu.measure import measure
 from benchmarks.gpu.memory import measure_memory
@@ -40,6 +41,8 @@ def main() -> None:
     # Whatever libraries print goes to stderr; stdout carries lines of JSON alone.
     stream, sys.stdout = sys.stdout, sys.stderr
     dry = arguments.dry_run
+    if dry:
+        correct_the_interpreter()
     device = torch.device("cpu" if dry else "cuda")
     clock: Clock = CpuClock() if dry else CudaClock()
     kinds = tuple(arguments.kinds)

@@ -111,7 +111,11 @@ def _apply_gram(rows: Tensor, short: Tensor) -> Tensor:
 
 
 def _ritz(rows: Tensor, short: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Ritz vectors in descending order, their values θ [b, l] in fp64, and M times the vectors."""
+    """Ritz vectors in descending order, their values θ [b, l] in fp64, and M times the vectors.
+
+    The l × l problems stay on the device: a copy to the host and back would cost 0.2 ms each at l = 64 (a model). From
+    torch 2.12 on, eigh is one batched call there; before, it goes through the batch one by one.
+    """
     image = multiply_rows(rows, short)
     wide = image.double()
     values, rotation = torch.linalg.eigh(wide @ wide.mT)

@@ -82,7 +82,9 @@ def decompose(
     target = None if compute_device is None else torch.device(compute_device)
     done: dict[str, Factors] = {}
     measured: dict[str, Convergence] = {}
-    groups = _groups(weights, ranks, cache, target)
+    # Made here and not by the thread, because it is this thread's stream that the weights may be on.
+    stager = None if target is None else Stager(target, overlap=True)
+    groups = _groups(weights, ranks, cache, stager)
     if target is not None and target.type in _PREFETCH_FOR:
         groups = prefetched(groups)
     with tqdm(total=len(weights), desc="basis", unit="matrix", disable=not progress, leave=False) as bar:
@@ -108,25 +110,19 @@ def _groups(
     weights: Mapping[str, Tensor | Callable[[], Tensor]],
     ranks: Mapping[str, int] | int,
     cache: BasisCache | None,
-    target: torch.device | None,
+    stager: Stager | None,
 ) -> Iterator[_Found]:
-    """What to decompose, in chunks that fit the memory of the device; `target` is where, None for each weight's own."""
-    stagers: dict[torch.device, Stager] = {} if target is None else {target: Stager(target)}
+    """What to decompose, in chunks that fit the memory of the stager's device, or of each weight's own without one."""
     waiting: dict[tuple[object, ...], list[tuple[_Job, Tensor]]] = {}
 
     def flush(kind: tuple[object, ...]) -> _Found:
         jobs, tensors = zip(*waiting.pop(kind), strict=True)
-        where = tensors[0].device if target is None else target
-        stager = stagers.get(where) or stagers.setdefault(where, Stager(where))
-        return _Found(list(jobs), stack=stager.stack(tensors, _exact_dtype(tensors[0])))
+        own = Stager(tensors[0].device) if stager is None else stager
+        return _Found(list(jobs), stack=own.stack(tensors, _exact_dtype(tensors[0])))
 
     # A function of its own, so that no variable keeps a weight alive while the next one is loaded.
     def take(name: str, source: Tensor | Callable[[], Tensor]) -> _Found | None:
-        if isinstance(source, Tensor):
-            weight = source.detach()
-        else:
-            with contextlib.nullcontext() if target is None else stagers[target].running():
-                weight = source().detach()
+        weight = (source if isinstance(source, Tensor) else source()).detach()
         check_floating(weight, name)
         if weight.ndim != 2:
             raise ValueError(f"weight {name!r} must be a matrix [N, K], got shape {tuple(weight.shape)}")
@@ -138,14 +134,15 @@ def _groups(
             entry = cache.load(job.key, (weight.shape[0], weight.shape[1]), dtype, rank)
             if entry is not None:
                 return _Found([job], entry=entry)
-        where = weight.device if target is None else target
+        where = weight.device if stager is None else stager.device
         kind = (weight.shape, dtype, where, rank)
         waiting.setdefault(kind, []).append((job, weight))
         full = len(waiting[kind]) * weight.numel() * dtype.itemsize >= chunk_bytes(where)
         return flush(kind) if full else None
 
     for name, source in weights.items():
-        found = take(name, source)
+        with contextlib.nullcontext() if stager is None else stager.running():
+            found = take(name, source)
         if found is not None:
             yield found
             del found

@@ -30,7 +30,8 @@ def extend(old: Factors, W: Tensor, rank: int, recipe: Recipe, *, name: str = "W
 
     Raises:
         TypeError: W is not a floating-point tensor.
-        ValueError: rank is out of range, W holds NaN or Inf, or its shape does not fit `old`.
+        ValueError: rank is out of range, W holds NaN or Inf, its shape does not fit `old`, or a basis of
+            svd="reference" should grow: that of a larger rank has other vectors.
     """
     check_floating(W, name)
     check_rank(rank, W.shape, name)
@@ -38,6 +39,11 @@ def extend(old: Factors, W: Tensor, rank: int, recipe: Recipe, *, name: str = "W
     shape = (old.bt.shape[1], old.a.shape[1])
     if shape != tuple(W.shape):
         raise ValueError(f"old belongs to a weight of shape {shape}, but weight {name!r} has shape {tuple(W.shape)}")
+    if recipe.svd == "reference" and rank > have:
+        raise ValueError(
+            f"the basis of weight {name!r} cannot grow from rank {have} to {rank}: svd='reference' has other "
+            "vectors for every rank, which are not nested"
+        )
     if rank <= have:
         return Factors(old.a[:rank], old.bt[:rank], old.s[:rank], old.subspace_error)
     mirrored = recipe.sigma == "B"

@@ -72,25 +72,27 @@ class Stack(NamedTuple):
 class Stager:
     """Gathers weights of one shape into one tensor on a device.
 
-    On CUDA this happens on a stream of its own, and what lies on the host passes through pinned memory, which is the
-    only kind that is copied while kernels run: two buffers, so that one is filled while the other is sent.
+    With `overlap`, a CUDA device does this on a stream of its own, and what lies on the host passes through pinned
+    memory, which is the only kind that is copied while kernels run: two buffers, one filled while the other is sent.
+    What is made for the stager alone, as by a dequantising function, then has to be made inside `running`.
 
     Args:
         device: of the stacks.
+        overlap: with what the caller's stream computes; without effect on other devices.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, *, overlap: bool = False) -> None:
         self.device = device
         self._stream: torch.cuda.Stream | None = None
         self._buffers: list[tuple[Tensor, torch.cuda.Event] | None] = [None, None]
         self._turn = 0
-        if device.type == "cuda":
+        if overlap and device.type == "cuda":
             self._stream = torch.cuda.Stream(device)
             # The weights themselves may still be on their way on the caller's stream.
             self._stream.wait_stream(torch.cuda.current_stream(device))
 
     def running(self) -> contextlib.AbstractContextManager[Any]:
-        """A context in which kernels, those of a dequantising function for example, run on this stager's stream."""
+        """A context in which kernels run on this stager's stream, and memory is allocated for it."""
         return contextlib.nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
 
     @torch.no_grad()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from loraxs_ext.basis import Recipe, decompose
+from loraxs_ext.basis import Recipe, decompose, extend
 
 from .matrices import defect, gaussian, power_law, spiked, subspace_sine
 
@@ -116,6 +116,14 @@ def test_zero_and_rank_deficient_weights() -> None:
     for W in (torch.zeros(30, 40), gaussian(60, 3) @ gaussian(3, 50, seed=1)):
         found = decompose({"w": W}, 6, Recipe(svd="reference"), progress=False)["w"]
         assert defect(found.bt.mT) < 1e-6 and bool(torch.isfinite(found.a).all())
+
+
+def test_it_does_not_grow() -> None:
+    W, recipe = power_law(80, 60, 1.0).float(), Recipe(svd="reference")
+    small = decompose({"w": W}, 5, recipe, progress=False)["w"]
+    with pytest.raises(ValueError, match="weight 'w' cannot grow from rank 5 to 8"):
+        extend(small, W, 8, recipe, name="w")
+    assert torch.equal(extend(small, W, 3, recipe).a, small.a[:3])
 
 
 def test_only_the_top_vectors() -> None:

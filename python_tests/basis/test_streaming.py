@@ -81,17 +81,3 @@ def test_a_single_weight_is_not_copied() -> None:
 
 def test_a_cpu_takes_one_at_a_time() -> None:
     assert chunk_bytes(CPU) == 1
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_stacks_pass_through_pinned_memory(dtype: torch.dtype) -> None:
-    device = torch.device("cuda", torch.cuda.current_device())
-    stager = Stager(device)
-    chunks = [[gaussian(300, 200, seed=10 * c + i).to(dtype) for i in range(5)] for c in range(4)]
-    chunks[1][2] = chunks[1][2].to(device)
-    for chunk in chunks:
-        stack = stager.stack(chunk, torch.float32).wait()
-        assert torch.equal(stack.cpu(), torch.stack([weight.cpu() for weight in chunk]).float())
-    assert 0 < chunk_bytes(device) <= torch.cuda.mem_get_info(device)[1]

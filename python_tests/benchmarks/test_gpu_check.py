@@ -53,7 +53,7 @@ def test_dry_run_walks_everything_and_records_no_figure(tmp_path):
     assert found["dry_run"] and found["environment"]["device"] and not found["ceilings"] and not found["targets"]
     assert {name: sorted(stage) for name, stage in found["stages"].items()} == {
         "build": ["outcome", "seconds"],
-        "tests": ["collected"],
+        "tests": ["graphs"],
         "sanitizer": ["walked"],
     }
     assert [row["kind"] for row in found["rows"]] == list(KINDS)
@@ -211,7 +211,7 @@ def test_a_worker_that_breaks_is_started_again_without_the_culprit(tmp_path, mon
     worker.write_text(WORKER.replace("FAULT", fault))
     monkeypatch.setattr(collect, "WORKER", [sys.executable, str(worker)])
     monkeypatch.setattr(collect, "SILENCE_SECONDS", 2.0)
-    collector = collect.Collector(tmp_path / "x.json", Deadline(60), commit="abc", dry=False)
+    collector = collect.Collector(tmp_path / "x.json", Deadline(60), commit="abc", is_dry=False)
     monkeypatch.setattr(collect, "judge", lambda rows, memory: [])
     collector.measure(("decode",), 0.1, time.time() + 50)
     result = json.loads((tmp_path / "x.json").read_text())
@@ -227,7 +227,7 @@ def test_at_the_deadline_what_is_missing_is_listed(tmp_path, monkeypatch):
     monkeypatch.setattr(collect, "WORKER", [sys.executable, str(worker)])
     monkeypatch.setattr(collect, "judge", lambda rows, memory: [])
     start = time.monotonic()
-    collector = collect.Collector(tmp_path / "x.json", Deadline(3), commit=None, dry=False)
+    collector = collect.Collector(tmp_path / "x.json", Deadline(3), commit=None, is_dry=False)
     collector.measure(("decode",), 0.1, time.time() + 2)
     assert time.monotonic() - start < 10
     result = json.loads((tmp_path / "x.json").read_text())
