@@ -68,7 +68,7 @@ class SharedProjection:
             share = turn.shares.pop(me, None)
             if not turn.shares:
                 self._turn = None
-            return _rows_for(share, layer, a)
+            return _rows_for(share, a)
         self._turn = None
         if turn is not None and turn.shares:
             left = self._split(list(turn.shares))
@@ -78,7 +78,7 @@ class SharedProjection:
         own = shares.pop(me, None)
         if shares:
             self._turn = _Turn(weakref.ref(x), moment, shares)
-        return _rows_for(own, layer, a)
+        return _rows_for(own, a)
 
     def _split(self, leaving: Sequence[weakref.ref[LoraXSLayer]]) -> SharedProjection | None:
         """Members that were not called with the x of the others become a group of their own."""
@@ -139,11 +139,11 @@ def _moment(x: Tensor) -> tuple[Any, ...]:
     return threading.get_ident(), x._version, stream, cast
 
 
-def _rows_for(share: tuple[Tensor, Tensor] | None, layer: LoraXSLayer, a: Tensor) -> Tensor | None:
+def _rows_for(share: tuple[Tensor, Tensor] | None, a: Tensor) -> Tensor | None:
     """The columns of a share that belong to a, if that is a beginning of the basis the share was projected on."""
     if share is None:
         return None
     p, basis = share
-    if basis is not layer._buffers["loraxs_A"] or a.data_ptr() != basis.data_ptr() or a.shape[0] > p.shape[1]:
+    if a.data_ptr() != basis.data_ptr() or a.shape[0] > p.shape[1]:
         return None
     return p[:, : a.shape[0]]

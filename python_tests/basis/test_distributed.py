@@ -195,8 +195,13 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What one process finds."""
-    cache = tmp_path_factory.mktemp("cache")
-    return parts(decompose(model(), RANKS, RECIPE, cache_dir=cache, progress=False))
+    cache, threads = tmp_path_factory.mktemp("cache"), torch.get_num_threads()
+    # As many as the processes of `work` have: BLAS splits its sums among threads.
+    torch.set_num_threads(1)
+    try:
+        return parts(decompose(model(), RANKS, RECIPE, cache_dir=cache, progress=False))
+    finally:
+        torch.set_num_threads(threads)
 
 
 def same(one: Any, two: Any) -> bool:

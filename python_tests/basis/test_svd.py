@@ -14,6 +14,7 @@ from loraxs_ext.basis.precision import reduced_precision
 from loraxs_ext.basis.recipe import Recipe
 from loraxs_ext.basis.solver import choose_method
 
+from ..precision import restored_precision
 from .matrices import CASES, defect, gaussian, power_law, spiked, subspace_sine, tied, with_spectrum
 
 # Both iterations on every machine, whichever its devices would choose.
@@ -294,8 +295,7 @@ def test_global_precision_switches_are_ignored_and_restored(interface: str) -> N
     W = power_law(600, 640, 0.5).float()
     expected = randomized_svd(W, 8)
     backends = (torch.backends.mkldnn.matmul, torch.backends.cuda.matmul)
-    before = [backend.fp32_precision for backend in backends]
-    try:
+    with restored_precision():
         if interface == "legacy":
             torch.set_float32_matmul_precision("medium")
         else:
@@ -304,9 +304,6 @@ def test_global_precision_switches_are_ignored_and_restored(interface: str) -> N
         with torch.autocast("cpu", dtype=torch.bfloat16):
             found = randomized_svd(W.requires_grad_(), 8)
         assert [backend.fp32_precision for backend in backends] == ["bf16", "tf32"]
-    finally:
-        for backend, precision in zip(backends, before, strict=True):
-            backend.fp32_precision = precision
     assert torch.equal(found.U, expected.U) and torch.equal(found.S, expected.S)
     assert not found.U.requires_grad
 

@@ -26,6 +26,8 @@ def forward_and_backward(target: Target, problem) -> tuple[Tensor, ...]:
 @regimes
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 def test_repeatable_to_the_last_bit_whatever_memory_holds(target, shape, dtype):
+    if target == Target(owners.PLAIN_TORCH, "cpu"):
+        pytest.skip("BLAS may sum in another order where memory is aligned otherwise")
     problem = target.problem(shape, dtype, slots="mixed", p_drop=0.3)
     first = forward_and_backward(target, problem)
     assert all(torch.isfinite(t).all() for t in first)

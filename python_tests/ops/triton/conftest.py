@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from ...precision import restored_precision
 from .harness import Interpreter
 
 
@@ -26,7 +27,6 @@ def interpreted() -> Iterator[Interpreter]:
 @pytest.fixture
 def tf32() -> Iterator[None]:
     """Allows TF32 in matmuls in fp32."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
-    yield
-    torch.set_float32_matmul_precision(before)
+    with restored_precision():
+        torch.set_float32_matmul_precision("high")
+        yield
