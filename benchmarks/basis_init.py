@@ -37,6 +37,8 @@ TOL = 1e-3
 MAX_ITER = 200
 # What takes longer than this is timed once.
 LONG_SECONDS = 0.5
+# The threads of a BLAS go on spinning for a while after its last product, on the cores of whoever is timed next.
+REST_SECONDS = 0.15
 
 
 def frame(n: int, k: int, generator: torch.Generator) -> Tensor:
@@ -141,6 +143,8 @@ def measure(calls: Mapping[str, Callable[[], Tensor]], exact: Tensor, rounds: in
             seen = found[name]
             if seen["wall"] and seen["wall"][0] > LONG_SECONDS:
                 continue
+            if torch.get_num_threads() > 1:
+                time.sleep(REST_SECONDS)
             wall, cpu = time.perf_counter(), time.process_time()
             columns = calls[name]()
             seen["wall"].append(time.perf_counter() - wall)

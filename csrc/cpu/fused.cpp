@@ -12,8 +12,9 @@
 namespace loraxs::cpu {
 namespace {
 
-// Columns of y are dealt out in blocks; a chunk of tokens is packed so that its panels fill half an L2.
-constexpr int64_t kColumnGrain = 32, kMaxTokens = 512, kMaxRank = 256, kPanelBytes = 1 << 20;
+// Columns of y are dealt out in blocks, tokens in vectors or tiles; a chunk of tokens is packed so that its panels fill
+// a quarter of an L2.
+constexpr int64_t kColumnGrain = 32, kTokenGrain = 16, kMaxTokens = 512, kMaxRank = 256, kPanelBytes = 1 << 19;
 
 // Up to here fp32 runs as dot products along K: lanes that hold tokens would be mostly empty. Columns go in strips
 // whose rows of W stay in L2 from one block of tokens to the next.
@@ -22,6 +23,10 @@ constexpr int64_t kDotTokens = 12, kStrip = 64;
 // Up to here every thread packs all tokens, and reads the pages of all of them, for itself: that costs less than to
 // wait for each other once more.
 constexpr int64_t kFewTokens = 32, kFewPageElements = 32 << 10;
+
+// From this many tokens a thread on, each keeps to its own: it streams all of W, but waits for nobody and reads no
+// panel from another core's cache.
+constexpr int64_t kOwnTokens = 64;
 
 // Multiply-adds of one core in the time of a fork and join, about 10 us.
 template <class T>
@@ -69,53 +74,74 @@ class Call {
   Call(const Forward<T, P>& g, const T* weight, const T* bias, const Fused<T>& k)
       : g_(g), weight_(weight), bias_(bias), k_(k), depth_(k.depth(g.K)), rank_depth_(k.rank_depth(g.r)) {}
 
-  void run() {
+  void run() const {
     if constexpr (std::is_same_v<T, float>)
       if (g_.M <= kDotTokens) return run_dots();
-    const int64_t blocks = (g_.N + kColumnGrain - 1) / kColumnGrain, chunk = tokens_at_once();
-    const bool alone = thread_count() == 1 || g_.M * g_.K * g_.N < kInlineWork<T>;
+    const int64_t blocks = (g_.N + kColumnGrain - 1) / kColumnGrain;
     const int64_t page_elements = (g_.slots ? g_.M : 1) * g_.r * g_.r;
-    if (alone || (g_.M <= kFewTokens && page_elements <= kFewPageElements)) {
-      const auto task = [&](int64_t b0, int64_t b1) {
-        for (int64_t m = 0; m < g_.M; m += chunk) {
-          const int64_t count = std::min(chunk, g_.M - m);
-          Arena arena(bytes(count, true));
-          const Panels panels = take(arena, count);
-          float* p = b0 == 0 ? g_.p + m * g_.r : arena.take<float>(count * g_.r);
-          prepare(m, count, panels, 0, arena.take<float>(count * g_.r), p);
-          multiply(m, count, panels, b0, b1);
-        }
-      };
-      return alone ? task(0, blocks) : parallel_for(blocks, task);
+    const int threads = g_.M * g_.K * g_.N < kInlineWork<T> ? 1 : thread_count();
+    if (threads == 1)
+      whole(0, g_.M, 0, blocks);
+    else if (g_.M >= threads * kOwnTokens)
+      parallel_for((g_.M + kTokenGrain - 1) / kTokenGrain, [&](int64_t t0, int64_t t1) {
+        whole(t0 * kTokenGrain, std::min(t1 * kTokenGrain, g_.M), 0, blocks);
+      });
+    else if (g_.M <= kFewTokens && page_elements <= kFewPageElements)
+      parallel_for(blocks, [&](int64_t b0, int64_t b1) { whole(0, g_.M, b0, b1); });
+    else
+      together(blocks);
+  }
+
+ private:
+  struct Panels {
+    int64_t tokens;
+    T *x, *q;
+  };
+
+  // Tokens of a panel such that none is left with few.
+  int64_t even_panels(int64_t count) const {
+    const int64_t panels = (count + k_.tokens - 1) / k_.tokens;
+    return ((count + panels - 1) / panels + kTokenGrain - 1) / kTokenGrain * kTokenGrain;
+  }
+
+  // As many tokens of `count` as the panels hold, shared out evenly over the passes that it takes.
+  int64_t tokens_at_once(int64_t count) const {
+    const int64_t fit = std::clamp(kPanelBytes / int64_t(sizeof(T)) / depth_, k_.tokens, kMaxTokens);
+    const int64_t passes = (count + fit - 1) / fit, share = (count + passes - 1) / passes;
+    return (share + kTokenGrain - 1) / kTokenGrain * kTokenGrain;
+  }
+
+  // Tokens m0 .. m1 of these blocks of columns, by one thread.
+  void whole(int64_t m0, int64_t m1, int64_t b0, int64_t b1) const {
+    const int64_t chunk = tokens_at_once(m1 - m0);
+    for (int64_t m = m0; m < m1; m += chunk) {
+      const int64_t count = std::min(chunk, m1 - m);
+      Arena arena(bytes(count, true));
+      const Panels panels = take(arena, count, even_panels(count));
+      float* p = b0 == 0 ? g_.p + m * g_.r : arena.take<float>(count * g_.r);
+      prepare(m, count, panels, 0, arena.take<float>(count * g_.r), p);
+      multiply(m, count, panels, b0, b1);
     }
-    Arena arena(bytes(std::min(chunk, g_.M), false));
+  }
+
+  // All tokens by all threads: first each packs some, then each takes some columns of all.
+  void together(int64_t blocks) const {
+    const int64_t chunk = tokens_at_once(g_.M);
+    Arena arena(bytes(chunk, false));
+    const Panels panels = take(arena, chunk, even_panels(chunk));
+    float* q = arena.take<float>(chunk * g_.r);
     for (int64_t m = 0; m < g_.M; m += chunk) {
-      Arena again = arena;
       const int64_t count = std::min(chunk, g_.M - m);
-      const Panels panels = take(again, count);
-      float* q = again.take<float>(count * g_.r);
-      parallel_for((count + k_.tokens - 1) / k_.tokens, [&](int64_t t0, int64_t t1) {
-        const int64_t at = t0 * k_.tokens, tokens = std::min(t1 * k_.tokens, count) - at;
+      parallel_for((count + panels.tokens - 1) / panels.tokens, [&](int64_t t0, int64_t t1) {
+        const int64_t at = t0 * panels.tokens, tokens = std::min(t1 * panels.tokens, count) - at;
         prepare(m + at, tokens, panels, at, q + at * g_.r, g_.p + (m + at) * g_.r);
       });
       parallel_for(blocks, [&](int64_t b0, int64_t b1) { multiply(m, count, panels, b0, b1); });
     }
   }
 
- private:
-  // As many as the panels hold, shared out evenly over the passes that it takes.
-  int64_t tokens_at_once() const {
-    const int64_t fit = std::clamp(kPanelBytes / int64_t(sizeof(T)) / depth_, k_.tokens, kMaxTokens);
-    const int64_t passes = (g_.M + fit - 1) / fit, share = (g_.M + passes - 1) / passes;
-    return (share + k_.tokens - 1) / k_.tokens * k_.tokens;
-  }
-
-  struct Panels {
-    T *x, *q;
-  };
-
   // A few tokens in fp32: every thread forms p and q for itself, then its strips of y.
-  void run_dots() {
+  void run_dots() const {
     const Dense<float>& dense = kernels();
     const Paged<float, P>& paged = kernels();
     const auto task = [&](int64_t s0, int64_t s1) {
@@ -138,7 +164,8 @@ class Call {
       }
     };
     const int64_t strips = (g_.N + kStrip - 1) / kStrip;
-    g_.M* g_.K* g_.N < kInlineWork<T> ? task(0, strips) : parallel_for(strips, task);
+    const bool small = g_.M * g_.K * g_.N < kInlineWork<T>;
+    small ? task(0, strips) : parallel_for(strips, task);
   }
 
   int64_t bytes(int64_t count, bool own_p) const {
@@ -146,24 +173,25 @@ class Call {
     return Arena::padded<T>(rows * depth_) + Arena::padded<T>(rows * rank_depth_) +
            (own_p ? 2 : 1) * Arena::padded<float>(count * g_.r);
   }
-  Panels take(Arena& arena, int64_t count) const {
+  Panels take(Arena& arena, int64_t count, int64_t tokens) const {
     const int64_t rows = (count + k_.tokens - 1) / k_.tokens * k_.tokens;
-    return {arena.take<T>(rows * depth_), arena.take<T>(rows * rank_depth_)};
+    return {tokens, arena.take<T>(rows * depth_), arena.take<T>(rows * rank_depth_)};
   }
 
   // Tokens m .. m + count, which lie at token `at` of the panels: pack x, p = x aᵀ, q = s R p, pack q.
   void prepare(int64_t m, int64_t count, const Panels& panels, int64_t at, float* q, float* p) const {
     const Paged<float, P>& paged = kernels();
     T* x = panels.x + at * depth_;
-    k_.pack({g_.x + m * g_.K, g_.K, count, g_.K, x});
-    k_.product({x, g_.a, g_.K, count, g_.K, 0, g_.r, nullptr, nullptr, nullptr, 0, 0, nullptr, p, g_.r});
+    k_.pack({g_.x + m * g_.K, g_.K, count, g_.K, panels.tokens, x});
+    k_.product({x, panels.tokens, g_.a, g_.K, count, g_.K, 0, g_.r, nullptr, nullptr, nullptr, 0, 0, nullptr, p, g_.r});
     paged.rotate({p, g_.pages, g_.slots ? g_.slots + m : nullptr, q, count, g_.r, float(g_.scale), false});
-    k_.pack_ranks({q, g_.r, count, g_.r, panels.q + at * rank_depth_});
+    k_.pack_ranks({q, g_.r, count, g_.r, panels.tokens, panels.q + at * rank_depth_});
   }
 
   void multiply(int64_t m, int64_t count, const Panels& panels, int64_t b0, int64_t b1) const {
-    k_.product({panels.x, weight_, g_.K, count, g_.K, b0 * kColumnGrain, std::min(b1 * kColumnGrain, g_.N), bias_,
-                panels.q, g_.bt, g_.N, g_.r, g_.out + m * g_.N, nullptr, g_.N});
+    k_.product({panels.x, panels.tokens, weight_, g_.K, count, g_.K, b0 * kColumnGrain,
+                std::min(b1 * kColumnGrain, g_.N), bias_, panels.q, g_.bt, g_.N, g_.r, g_.out + m * g_.N, nullptr,
+                g_.N});
   }
 
   const Forward<T, P>& g_;

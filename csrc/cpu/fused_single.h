@@ -21,10 +21,10 @@ constexpr int kAheadSteps = 16;
 
 inline int64_t same_depth(int64_t K) { return K; }
 
-// Panels of up to 48 tokens, each [depth][tokens rounded up to 16].
+// Panels of g.tokens tokens, each [depth][tokens rounded up to 16].
 inline void pack_single(const Pack<float, float>& g) {
-  for (int64_t m0 = 0; m0 < g.M; m0 += kPanelTokens) {
-    const int64_t tokens = least(kPanelTokens, g.M - m0), vecs = (tokens + kLanes - 1) / kLanes;
+  for (int64_t m0 = 0; m0 < g.M; m0 += g.tokens) {
+    const int64_t tokens = least(g.tokens, g.M - m0), vecs = (tokens + kLanes - 1) / kLanes;
     float* panel = g.panel + m0 * g.depth;
     for (int64_t v = 0; v < vecs; ++v)
       for (int64_t k = 0; k < g.depth; k += kLanes) {
@@ -115,8 +115,8 @@ inline void product_single(const Product<float>& g) {
   const int64_t R = g.M <= kLanes ? 16 : 8;
   for (int64_t n = g.n0; n < g.n1; n += R) {
     const int64_t rows = least(R, g.n1 - n);
-    for (int64_t m = 0; m < g.M; m += kPanelTokens) {
-      const int64_t left = g.M - m;
+    for (int64_t m = 0; m < g.M; m += g.tokens) {
+      const int64_t left = least(g.tokens, g.M - m);
       if (R == 16)
         product_block<16, 1>(g, m, n, rows);
       else if (left > 2 * kLanes)

@@ -90,14 +90,16 @@ template <class T, class In>
 struct Pack {
   const In* rows;  // [M, depth], contiguous along the depth
   int64_t ld, M, depth;
+  int64_t tokens;  // of a panel
   T* panel;
 };
 
 // y[m, n] = x[m] . w[n] + bias[n] + q[m] . b[:, n] for n in [n0, n1): one pass over the rows of w, where they lie.
 template <class T>
 struct Product {
-  const T* x;  // packed tokens
-  const T* w;  // [N, K], contiguous along K
+  const T* x;      // packed tokens
+  int64_t tokens;  // of a panel
+  const T* w;      // [N, K], contiguous along K
   int64_t ldw, M, K, n0, n1;
   const T* bias;  // null: none
   const T* q;     // packed rows of q, or null: no low-rank part
@@ -111,7 +113,7 @@ struct Product {
 // The base product fused with the low-rank part, at the levels where that beats torch's own product.
 template <class T>
 struct Fused {
-  int64_t tokens;                                       // of a panel: what is packed together
+  int64_t tokens;                                       // of a panel at most: what is packed together
   int64_t (*depth)(int64_t K), (*rank_depth)(int64_t);  // elements that a token takes in its panels
   void (*pack)(const Pack<T, T>&);
   void (*pack_ranks)(const Pack<T, float>&);
