@@ -10,7 +10,7 @@ from . import backends as backends
 from . import contract as contract
 from . import reference as reference
 from .autograd import AddDeltaFunction, LinearFunction, RowScaleFunction
-from .casting import autocast, wants_autocast
+from .casting import any_autocast_enabled, autocast, wants_autocast
 from .stacked import Site, linear_projected, linear_stack, project
 
 _linear = torch.ops.loraxs.linear.default
@@ -55,16 +55,14 @@ def linear(
     Raises:
         ValueError or RuntimeError: an argument does not fit the contract; the message names it.
     """
-    if wants_autocast(x):
+    if any_autocast_enabled() and wants_autocast(x):
         x, weight, bias, a, b = autocast(x, weight, bias, a, b)
     args = (x, weight, bias, a, b, pages, slots, scale, p_drop, rng)
-    if is_compiling():
-        return _linear(*args)[0]
-    if is_grad_enabled() and (
+    if not is_grad_enabled() or not (
         pages.requires_grad or x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     ):
-        return LinearFunction.apply(*args)
-    return _linear_unwrapped(*args)[0]
+        return _linear_unwrapped(*args)[0]
+    return _linear(*args)[0] if is_compiling() else LinearFunction.apply(*args)
 
 
 def add_delta(
@@ -88,14 +86,12 @@ def add_delta(
     Returns:
         a new tensor [..., N] in the dtype of y.
     """
-    if wants_autocast(x):
+    if any_autocast_enabled() and wants_autocast(x):
         y, x, a, b = autocast(y, x, a, b)
     args = (y, x, a, b, pages, slots, scale, p_drop, rng)
-    if is_compiling():
-        return _add_delta(*args)[0]
-    if is_grad_enabled() and (pages.requires_grad or x.requires_grad or y.requires_grad):
-        return AddDeltaFunction.apply(*args)
-    return _add_delta_unwrapped(*args)[0]
+    if not is_grad_enabled() or not (pages.requires_grad or x.requires_grad or y.requires_grad):
+        return _add_delta_unwrapped(*args)[0]
+    return _add_delta(*args)[0] if is_compiling() else AddDeltaFunction.apply(*args)
 
 
 def add_delta_(
