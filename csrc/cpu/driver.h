@@ -21,10 +21,13 @@ struct Forward {
 template <class T, class P>
 void forward(const Forward<T, P>&);
 
-// out = x weightᵀ + bias + the same low-rank part, in one pass over the weight; `in` is not read. False, with nothing
-// done, where this CPU has no fused product for the call.
+// Whether this CPU has a fused product for rank r; there is none with dropout.
+template <class T>
+bool has_fused(int64_t r);
+
+// out = x weightᵀ + bias + the same low-rank part, in one pass over the weight; `in` is not read.
 template <class T, class P>
-bool fused(const Forward<T, P>&, const T* weight, const T* bias);
+void fused(const Forward<T, P>&, const T* weight, const T* bias);
 
 // dq = s * dy btᵀ;  dpages[i] = sum over slot i of dqᵀ p;  dx = in + mask * keep_scale * (dq R_slot) a.
 template <class T, class P>

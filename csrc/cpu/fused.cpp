@@ -202,16 +202,21 @@ class Call {
 
 }  // namespace
 
-template <class T, class P>
-bool fused(const Forward<T, P>& g, const T* weight, const T* bias) {
+template <class T>
+bool has_fused(int64_t r) {
   const Fused<T>& k = kernels();
-  if (k.product == nullptr || g.dropout != nullptr || g.r > kMaxRank) return false;
-  Call<T, P>(g, weight, bias, k).run();
-  return true;
+  return k.product != nullptr && r <= kMaxRank;
 }
 
-template bool fused<float, float>(const Forward<float, float>&, const float*, const float*);
-template bool fused<bf16, bf16>(const Forward<bf16, bf16>&, const bf16*, const bf16*);
-template bool fused<bf16, float>(const Forward<bf16, float>&, const bf16*, const bf16*);
+template <class T, class P>
+void fused(const Forward<T, P>& g, const T* weight, const T* bias) {
+  Call<T, P>(g, weight, bias, kernels()).run();
+}
+
+template bool has_fused<float>(int64_t);
+template bool has_fused<bf16>(int64_t);
+template void fused<float, float>(const Forward<float, float>&, const float*, const float*);
+template void fused<bf16, bf16>(const Forward<bf16, bf16>&, const bf16*, const bf16*);
+template void fused<bf16, float>(const Forward<bf16, float>&, const bf16*, const bf16*);
 
 }  // namespace loraxs::cpu

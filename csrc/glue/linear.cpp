@@ -11,23 +11,28 @@
 namespace loraxs {
 namespace {
 
-// One pass over the weight, where the CPU has a kernel for it; else false, and nothing is written.
-bool fused_linear(const Problem& g, const Tensor& x, const Tensor& weight, const MaybeTensor& bias, const Tensor& a,
-                  const Tensor& b, const Tensor& pages, const int32_t* slots, double scale, const Tensor& y,
-                  const Tensor& p) {
+bool is_fused(const Problem& g, const Tensor& x, const Tensor& weight) {
+  if (g.empty() || g.mask() != nullptr || !is_one_product(x, weight)) return false;
+  if (g.dtype == ScalarType::Float) return cpu::has_fused<float>(g.r.size);
+  return g.dtype == ScalarType::BFloat16 && cpu::has_fused<cpu::bf16>(g.r.size);
+}
+
+// One pass over the weight.
+Tensor fused_linear(const Problem& g, const Tensor& x, const Tensor& weight, const MaybeTensor& bias, const Tensor& a,
+                    const Tensor& b, const Tensor& pages, const int32_t* slots, double scale, const Tensor& p) {
+  const Tensor y = empty_rows(x, g.N.size, g.dtype);
   const Tensor a_rows = dense(a), bt = transposed_basis(b), page_rows = dense(pages);
   const MaybeTensor bias_row = bias ? MaybeTensor(dense(*bias)) : std::nullopt;
-  bool done = false;
   visit_dtypes(g, [&](auto types) {
     using T = typename decltype(types)::Element;
     using P = typename decltype(types)::Page;
     if constexpr (std::is_same_v<T, float> || std::is_same_v<T, cpu::bf16>)
-      done = cpu::fused<T, P>(
+      cpu::fused<T, P>(
           {g.M.size, g.K.size, g.N.size, g.r.size, data<T>(x), data<T>(a_rows), data<T>(bt), data<P>(page_rows), slots,
-           nullptr, mutable_data<T>(y), mutable_data<cpu::acc_t<T>>(p), scale, g.mask(), g.keep_scale},
+           nullptr, mutable_data<T>(y), mutable_data<cpu::acc_t<T>>(p), scale, nullptr, 1.0},
           data<T>(weight), bias_row ? data<T>(*bias_row) : nullptr);
   });
-  return done;
+  return y;
 }
 
 std::tuple<Tensor, Tensor> linear(const Tensor& x, const Tensor& weight, const MaybeTensor& bias, const Tensor& a,
@@ -45,10 +50,7 @@ std::tuple<Tensor, Tensor> linear(const Tensor& x, const Tensor& weight, const M
 
   const NoGrad no_grad;
   Tensor p = empty_cpu({g.M.size, g.r.size}, accumulate_dtype(g.dtype));
-  if (!g.empty() && is_one_product(x, weight)) {
-    const Tensor y = empty_rows(x, g.N.size, g.dtype);
-    if (fused_linear(g, x, weight, bias, a, b, pages, s, scale, y, p)) return {y, p};
-  }
+  if (is_fused(g, x, weight)) return {fused_linear(g, x, weight, bias, a, b, pages, s, scale, p), p};
   const Tensor y = base_linear(g, x, weight, bias);
   if (g.empty())
     torch::stable::zero_(p);

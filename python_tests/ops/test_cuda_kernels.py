@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -12,7 +15,10 @@ from loraxs_ext.ops import reference
 from loraxs_ext.ops.philox import drop_threshold
 
 from .problems import DTYPES, Problem, assert_within_twice, make
-from .simt import build
+from .simt import COMPILER, build
+
+# AddressSanitizer watches a library only in a process that was started with it: see the last test.
+SANITIZE = os.environ.get("LORAXS_TEST_SANITIZE", "undefined")
 
 # (M, K, N, r, S): part of a token tile, several of them, widths that are no multiple of four, ranks over one pass.
 SHAPES = {
@@ -26,7 +32,7 @@ SHAPES = {
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory) -> ctypes.CDLL:
     output = tmp_path_factory.mktemp("simt") / "add_delta.so"
-    return ctypes.CDLL(str(build("add_delta_simt.cpp", output, "-fPIC", "-shared", "-fsanitize=undefined")))
+    return ctypes.CDLL(str(build("add_delta_simt.cpp", output, "-fPIC", "-shared", f"-fsanitize={SANITIZE}")))
 
 
 def run(kernels: ctypes.CDLL, name: str, p: Problem, y: Tensor) -> Tensor:
@@ -67,3 +73,23 @@ def test_add_delta_takes_pages_in_fp32(kernels):
     expected, _ = reference.add_delta(exact.dy, exact.x, *exact.low_rank_args())
     plain, _ = reference.add_delta(problem.dy, problem.x, *problem.low_rank_args())
     assert_within_twice(run(kernels, "add_delta_bf16_fp32_pages", problem, problem.dy), plain, expected, "y")
+
+
+@pytest.mark.skipif(SANITIZE != "undefined", reason="this is the process that the test starts")
+def test_add_delta_stays_inside_its_buffers():
+    """All of the above once more, with every buffer of torch between guarded zones."""
+    if COMPILER is None:
+        pytest.skip("g++ is not installed")
+    preload = subprocess.run([COMPILER, "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
+    if not os.path.isabs(preload):
+        pytest.skip("g++ has no libasan here")
+    environment = {
+        **os.environ,
+        "LD_PRELOAD": preload,
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "LORAXS_TEST_SANITIZE": "address,undefined",
+    }
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert " passed" in done.stdout
