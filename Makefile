@@ -35,8 +35,8 @@ help: ## this list
 demo: $(STATE)/package $(STATE)/extra-demo ## fine-tune three real adapters, serve them in one batch, write demo_report.html
 	$(PY) -m examples.demo $(ARGS)
 
-# The tests run the demo too, in small.
-test: $(STATE)/package $(STATE)/extra-test $(STATE)/extra-demo ## run all tests (no GPU, no nvcc needed)
+# The tests run the demo and the training scripts too, in small.
+test: $(STATE)/package $(STATE)/extra-test $(STATE)/extra-demo $(STATE)/extra-train ## run all tests (no GPU, no nvcc needed)
 	$(PY) -m pytest python_tests --durations=15 $(ARGS)
 
 bench: $(STATE)/package $(STATE)/extra-bench ## run the benchmarks; each checks its results before it prints a figure

@@ -21,12 +21,13 @@ FLOORS = {
     "layers": 2,
     "store": 2,
     "peft": 3,
-    "checkpoint": 3,
-    "advisor": 3,
-    "serve": 4,
-    "commands": 5,
+    "checkpoint": 4,
+    "advisor": 4,
+    "training": 4,
+    "serve": 5,
     FACADE: 5,
-    "cli": 6,
+    "commands": 6,
+    "cli": 7,
 }
 
 
