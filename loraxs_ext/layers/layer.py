@@ -11,9 +11,10 @@ from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .core import CoreMatrix, InitWeights, initial_core
+from .core import Core, CoreMatrix, InitWeights, initial_core
 from .routing import Route
 from .stacked import SharedProjection
+from .tiny import TinyCore, TinyOptions, initial_vector
 
 
 class BasisPolicy(Protocol):
@@ -85,7 +86,7 @@ class LoraXSLayer(nn.Module, BaseTunerLayer):
     def get_R(self, adapter: str) -> Tensor:
         """R [r, r] of `adapter`, differentiable in what the adapter trains. May be overridden."""
         modules: Any = self._modules
-        return modules["loraxs_R"]._modules[adapter]._parameters["weight"]
+        return modules["loraxs_R"]._modules[adapter].matrix()
 
     def get_basis(self, adapter: str) -> tuple[Tensor, Tensor]:
         """a [r, K] and b [N, r] of `adapter`; b.mT is contiguous, for the ops. May be overridden."""
@@ -103,9 +104,9 @@ class LoraXSLayer(nn.Module, BaseTunerLayer):
             raise RuntimeError(f"{self.key}: base_layer: expected weights to compute a basis from, got the meta device")
         return (a, bt) if a.shape[0] == r else (a[:r], bt[:r])
 
-    def core(self, adapter: str) -> CoreMatrix:
-        """The module that owns R of `adapter`."""
-        return cast(CoreMatrix, self.loraxs_R[adapter])
+    def core(self, adapter: str) -> Core:
+        """The module that makes R of `adapter`."""
+        return cast(Core, self.loraxs_R[adapter])
 
     def update_layer(
         self,
@@ -120,6 +121,7 @@ class LoraXSLayer(nn.Module, BaseTunerLayer):
         init_std: float = 1e-5,
         init_seed: int = 0,
         keep_basis: bool = False,
+        tiny: TinyOptions | None = None,
         inference_mode: bool = False,
     ) -> None:
         """Add the adapter: its R, its scaling alpha/r (or alpha/√r), its dropout. The basis comes later, in `settle`.
@@ -131,8 +133,9 @@ class LoraXSLayer(nn.Module, BaseTunerLayer):
             policy: where the basis comes from.
             use_rslora: divide alpha by √r.
             dropout: probability in [0, 1) on the input of the low-rank path.
-            init_weights, init_std, init_seed: see `initial_core`.
+            init_weights, init_std, init_seed: see `initial_core`, or `initial_vector`.
             keep_basis: store A and B with the adapter.
+            tiny: make R of a short vector, as TinyLoRA does; None to train R itself.
             inference_mode: leave R frozen.
         """
         rank = min(r, self.in_features, self.out_features)
@@ -142,9 +145,13 @@ class LoraXSLayer(nn.Module, BaseTunerLayer):
         self.basis_policy[adapter] = policy
         self.loraxs_dropout[adapter] = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
         dtype = torch.float64 if self.basis_dtype == torch.float64 else torch.float32
-        weight = initial_core(rank, init_weights, std=init_std, seed=init_seed, key=self.key, dtype=dtype)
         shape = (self.in_features, self.out_features) if keep_basis else None
-        self.loraxs_R[adapter] = CoreMatrix(weight, shape)
+        if tiny is None:
+            weight = initial_core(rank, init_weights, std=init_std, seed=init_seed, key=self.key, dtype=dtype)
+            self.loraxs_R[adapter] = CoreMatrix(weight, shape)
+        else:
+            v = initial_vector(tiny, init_weights, seed=init_seed, key=self.key, dtype=dtype)
+            self.loraxs_R[adapter] = TinyCore(v, rank, tiny.seed, shape, tiny.keep_projections)
         self._move_adapter_to_device_of_base_layer(adapter)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
@@ -243,7 +250,7 @@ class LoraXSLayer(nn.Module, BaseTunerLayer):
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT's version also casts to the dtype of the base layer, which would round R of a half-precision model.
         target = device or self.get_base_layer_device()
-        if adapter_name in self.loraxs_R and "meta" not in (self.core(adapter_name).weight.device.type, target.type):
+        if adapter_name in self.loraxs_R and "meta" not in (self.core(adapter_name).device.type, target.type):
             self.core(adapter_name).to(target)
 
 
