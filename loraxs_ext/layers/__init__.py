@@ -7,7 +7,7 @@ from .linear import LoraXSLinear
 from .merge import MergeLossWarning, delta_weight, rounding_loss
 from .routing import BASE, Route, build_route, routed
 from .stacked import SharedProjection, share_projections
-from .tiny import TinyCore, TinyOptions, tie
+from .tiny import TinyCore, TinyOptions, group_of, tie
 
 __all__ = [
     "BASE",
@@ -23,6 +23,7 @@ __all__ = [
     "TinyOptions",
     "build_route",
     "delta_weight",
+    "group_of",
     "initial_core",
     "rounding_loss",
     "routed",

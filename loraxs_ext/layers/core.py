@@ -23,19 +23,20 @@ class Core(nn.Module):
     Args:
         rank: r.
         basis_shape: (K, N) to keep the basis with the adapter, None to keep its sketch only.
+        dtype: of what is trained, and of a basis that is loaded.
     """
 
     # What tells, in a state dict, that another adapter came in.
     identity: tuple[str, ...] = ("sketch", "a", "bt")
 
-    def __init__(self, rank: int, basis_shape: tuple[int, int] | None = None) -> None:
+    def __init__(self, rank: int, basis_shape: tuple[int, int] | None, dtype: torch.dtype) -> None:
         super().__init__()
         self.settled = False
         # NaN marks what was not recorded yet. `sketch` is a property, so it goes past register_buffer's name check.
         self._buffers["sketch"] = torch.full((SKETCH_ROWS, rank), torch.nan)
         if basis_shape is not None:
-            self.register_buffer("a", torch.full((rank, basis_shape[0]), torch.nan))
-            self.register_buffer("bt", torch.full((rank, basis_shape[1]), torch.nan))
+            self.register_buffer("a", torch.full((rank, basis_shape[0]), torch.nan, dtype=dtype))
+            self.register_buffer("bt", torch.full((rank, basis_shape[1]), torch.nan, dtype=dtype))
 
     @property
     def rank(self) -> int:
@@ -119,7 +120,7 @@ class CoreMatrix(Core):
     """
 
     def __init__(self, weight: Tensor, basis_shape: tuple[int, int] | None = None) -> None:
-        super().__init__(weight.shape[0], basis_shape)
+        super().__init__(weight.shape[0], basis_shape, weight.dtype)
         self.weight = nn.Parameter(weight)
 
     def matrix(self) -> Tensor:

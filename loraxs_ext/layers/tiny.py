@@ -57,12 +57,14 @@ class TinyCore(Core):
         basis_shape: tuple[int, int] | None = None,
         keep_projections: bool = False,
     ) -> None:
-        super().__init__(rank, basis_shape)
+        super().__init__(rank, basis_shape, v.dtype)
         self.u = v.shape[0]
         self.v: nn.Parameter | None = nn.Parameter(v)
         # In a tuple, so that it is not registered, and saved, as a part of this layer.
         self._owner: tuple[TinyCore, ...] = ()
         self.seed: Tensor
+        self.placed: Tensor
+        self.projections: Tensor | None
         self.register_buffer("seed", torch.tensor(seed, device="cpu"))
         self.register_buffer("projections", self._draw() if keep_projections else None)
         self.register_buffer("placed", self.on_basis.to(v.dtype, copy=True), persistent=False)

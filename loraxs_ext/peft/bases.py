@@ -26,7 +26,7 @@ from .weights import compute_bases, load_weight
 
 
 class _Plan(NamedTuple):
-    """What will become of one layer: its `Core.on_basis`, the basis that replaces its own if there is one, and what that costs."""
+    """What becomes of a layer: its `Core.on_basis`, the basis that replaces its own, if any, and what that costs."""
 
     core: Tensor
     factors: Factors | None

@@ -15,7 +15,8 @@ BasisCheck = Literal["error", "warn", "ignore"]
 
 # Fields of this class that are fields of the recipe under another name.
 _RECIPE_NAMES = {"svd_tol": "tol", "svd_max_iter": "max_iter", "svd_seed": "seed"}
-_RECIPE_FIELDS = ("sigma", "vectors", "svd", "sklearn_signs", "n_oversamples", "sketch_version", *_RECIPE_NAMES)
+# Fields of this class that all adapters of a model must agree in.
+RECIPE_FIELDS = ("sigma", "vectors", "svd", "sklearn_signs", "n_oversamples", "sketch_version", *_RECIPE_NAMES)
 
 
 @dataclass
@@ -128,7 +129,7 @@ class LoraXSConfig(PeftConfig):
 
     def recipe(self) -> Recipe:
         """How the basis is computed."""
-        return Recipe(**{_RECIPE_NAMES.get(name, name): getattr(self, name) for name in _RECIPE_FIELDS})
+        return Recipe(**{_RECIPE_NAMES.get(name, name): getattr(self, name) for name in RECIPE_FIELDS})
 
     def _check(self) -> None:
         for name, rank in {"r": self.r, **{f"rank_pattern[{k!r}]": v for k, v in self.rank_pattern.items()}}.items():
