@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel, TinyLoraConfig, get_peft_model
 from peft.tuners.tinylora import TinyLoraLayer
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 import loraxs_ext.checkpoint.tinylora as tinylora
 import loraxs_ext.peft.bases as bases
@@ -63,8 +63,9 @@ def same(actual: Tensor, expected: Tensor, tolerance: float = 5e-6) -> None:
 # There and back
 
 
-@pytest.mark.parametrize("save_projection", [True, False], ids=["with P", "without P"])
-@pytest.mark.parametrize("weight_tying", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize(
+    "weight_tying, save_projection", [(0.0, True), (0.5, False), (1.0, True)], ids=["untied", "P from its seed", "tied"]
+)
 def test_there_and_back(case: Case, weight_tying, save_projection, tmp_path, monkeypatch):
     theirs = peft_model(case, weight_tying=weight_tying, save_projection=save_projection)
     theirs.save_pretrained(tmp_path / "theirs")
@@ -287,10 +288,10 @@ def test_names_and_models_that_are_taken(llama: Case, folder):
 def test_only_tinylora_can_be_written(llama: Case, tmp_path):
     for model, name in ((llama.model(), "default"), (our_model(llama), "nobody")):
         with pytest.raises(ValueError, match="adapter_name: expected an adapter with use_tinylora=True"):
-            save_tinylora(model, tmp_path, name)
+            save_tinylora(model, tmp_path / "out", name)
     with pytest.raises(ValueError, match=r"trainable_token_indices: expected None, got \[3\]"):
-        save_tinylora(our_model(llama, trainable_token_indices=[3]), tmp_path)
-    assert not list(tmp_path.iterdir())
+        save_tinylora(our_model(llama, trainable_token_indices=[3]), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_write_that_fails_leaves_the_old_file(llama: Case, tmp_path, monkeypatch):
@@ -312,13 +313,3 @@ def test_a_write_that_fails_leaves_the_old_file(llama: Case, tmp_path, monkeypat
     same(by_peft(llama, tmp_path / "saved"), expected)
     save_tinylora(model, tmp_path / "saved")
     same(by_peft(llama, tmp_path / "saved"), logits(llama.base(), llama.inputs()))
-
-
-def test_a_module_of_another_name_is_named(folder):
-    class Other(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.q_proj = nn.Linear(32, 32)
-
-    with pytest.raises(ValueError, match=r"base_model\.model\.q_proj\.tinylora_A, got none|tinylora_v"):
-        load_tinylora(Other(), folder)
