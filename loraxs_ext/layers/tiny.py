@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -83,22 +84,20 @@ class TinyCore(Core):
 
     def matrix(self) -> Tensor:
         """R [r, r] in the dtype of the projections, differentiable in v."""
-        placed = self._buffers["placed"]
-        assert placed is not None
-        with torch.autocast(placed.device.type, enabled=False):
+        placed = self.placed
+        kind = placed.device.type
+        # Autocast would round v; leaving it costs as much as the product, so it is left only where it is on.
+        with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
             return (self.vector.to(placed.device, placed.dtype) @ placed.flatten(1)).view(placed.shape[1:])
 
     @property
     def on_basis(self) -> Tensor:
         """P [u, r, r]."""
-        kept = self._buffers["projections"]
-        return self._draw() if kept is None else kept
+        return self._draw() if self.projections is None else self.projections
 
     def place(self, moved: Tensor) -> None:
         """`placed` = `moved` [u, r, r]."""
-        placed = self._buffers["placed"]
-        assert placed is not None
-        self._buffers["placed"] = moved.to(placed.device, placed.dtype, copy=True)
+        self.placed = moved.to(self.placed.device, self.placed.dtype, copy=True)
 
     @property
     def device(self) -> torch.device:
@@ -112,9 +111,7 @@ class TinyCore(Core):
         self.settled = True
 
     def _draw(self) -> Tensor:
-        seed = self._buffers["seed"]
-        assert seed is not None
-        return draw_projections(self.u, self.rank, int(seed))
+        return draw_projections(self.u, self.rank, int(self.seed))
 
     def _apply(self, fn: Any, recurse: bool = True) -> TinyCore:
         def keep_precision(tensor: Tensor) -> Tensor:
