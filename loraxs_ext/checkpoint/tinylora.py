@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -84,6 +85,9 @@ def load_tinylora(
         raise ValueError("model: expected a base model or a PeftModel, got a base model that was already adapted")
     with _open(folder / WEIGHTS_NAME) as file:
         stored = _Stored(folder / WEIGHTS_NAME, file)
+        # What the configuration claims is allocated only as far as the file has it.
+        config.r = stored.largest_rank(config.r, config.u)
+        config.lora_alpha = config.r
         try:
             # Nothing but the file knows the basis: cores on the meta device keep the injection from computing one.
             if joined is not None:
@@ -157,18 +161,39 @@ class _Stored:
 
     def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """A tensor of floating-point numbers of this shape, all of them finite."""
-        if name not in self.names:
-            raise ValueError(f"{self.path}: expected a tensor {name}, got none")
-        entry = self._file.get_slice(name)
-        if tuple(entry.get_shape()) != shape or entry.get_dtype() not in _FLOATS:
-            raise ValueError(
-                f"{self.path}: {name}: expected floating-point numbers of shape {list(shape)}, got {entry.get_dtype()} "
-                f"of shape {entry.get_shape()}"
-            )
+        self._check(name, shape)
         tensor = self._file.get_tensor(name)
         if not tensor.isfinite().all():
             raise ValueError(f"{self.path}: {name}: expected finite numbers, got NaN or Inf")
         return tensor
+
+    def largest_rank(self, r: int, u: int) -> int:
+        """The rank of the largest A, after every A and v was found to have the size that r and u give it."""
+        ranks = []
+        for name in sorted(self.names):
+            if ".tinylora_v." in name:
+                self._check(name, (u,))
+            elif name.endswith(".tinylora_A"):
+                K, N = math.prod(self._shape(name)[1:]), math.prod(self._shape(name[:-1] + "B")[:1])
+                ranks.append(min(r, N, K))
+                self._check(name, (ranks[-1], K))
+        if not ranks:
+            raise ValueError(f"{self.path}: expected tensors of TinyLoRA, got none")
+        return max(ranks)
+
+    def _shape(self, name: str) -> list[int]:
+        if name not in self.names:
+            raise ValueError(f"{self.path}: expected a tensor {name}, got none")
+        return self._file.get_slice(name).get_shape()
+
+    def _check(self, name: str, shape: tuple[int, ...]) -> None:
+        found = self._shape(name)
+        entry = self._file.get_slice(name)
+        if tuple(found) != shape or entry.get_dtype() not in _FLOATS:
+            raise ValueError(
+                f"{self.path}: {name}: expected floating-point numbers of shape {list(shape)}, got {entry.get_dtype()} "
+                f"of shape {found}"
+            )
 
     def rest(self) -> dict[str, Tensor]:
         """What belongs to the model rather than to TinyLoRA: heads and biases."""
