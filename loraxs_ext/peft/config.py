@@ -15,7 +15,8 @@ BasisCheck = Literal["error", "warn", "ignore"]
 
 # Fields of this class that are fields of the recipe under another name.
 _RECIPE_NAMES = {"svd_tol": "tol", "svd_max_iter": "max_iter", "svd_seed": "seed"}
-_RECIPE_FIELDS = ("sigma", "vectors", "svd", "sklearn_signs", "n_oversamples", "sketch_version", *_RECIPE_NAMES)
+_SKLEARN_FIELDS = ("sklearn_signs", "sklearn_n_iter", "sklearn_random_state")
+_RECIPE_FIELDS = ("sigma", "vectors", "svd", *_SKLEARN_FIELDS, "n_oversamples", "sketch_version", *_RECIPE_NAMES)
 
 
 @dataclass
@@ -47,7 +48,8 @@ class LoraXSConfig(PeftConfig):
         sigma: where the singular values sit: "A" (the reference), "sqrt" or "B".
         vectors: which singular vectors: "top", "middle", "bottom" or "random".
         svd: "converged", "exact" or "reference".
-        sklearn_signs, n_oversamples, svd_tol, svd_max_iter, svd_seed, sketch_version: see `loraxs_ext.basis.Recipe`.
+        sklearn_signs, sklearn_n_iter, sklearn_random_state, n_oversamples, svd_tol, svd_max_iter, svd_seed,
+            sketch_version: see `loraxs_ext.basis.Recipe`.
 
         save_basis: store A and B with R: a file of LoRA's size that needs no SVD and fits any copy of the base model.
         basis_file: path of a file made by `loraxs init --output` for this base model: its bases are used instead of
@@ -86,6 +88,8 @@ class LoraXSConfig(PeftConfig):
     vectors: Literal["top", "middle", "bottom", "random"] = "top"
     svd: Literal["converged", "exact", "reference"] = "converged"
     sklearn_signs: Literal["rows of A", "columns of B"] = "rows of A"
+    sklearn_n_iter: int = Recipe.sklearn_n_iter
+    sklearn_random_state: int = Recipe.sklearn_random_state
     n_oversamples: int = Recipe.n_oversamples
     svd_tol: float = Recipe.tol
     svd_max_iter: int = Recipe.max_iter
