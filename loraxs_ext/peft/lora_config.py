@@ -45,7 +45,7 @@ def from_lora(lora: Mapping[str, Any], **changes: Any) -> LoraXSConfig:
     if foreign:
         raise ValueError(f"LoRA options without a counterpart in LoRA-XS: expected none, got {foreign}")
     fields = {name: lora[name] for name in _SAME if name in lora}
-    fields |= {ours: lora[name] for name, ours in _RENAMED.items() if lora.get(name)}
+    fields |= {ours: lora[name] for name, ours in _RENAMED.items() if name in lora}
     if fields.get("bias") == "lora_only":
         fields["bias"] = "loraxs_only"
     if isinstance(fields.get("modules_to_save"), (list, tuple, set)):
