@@ -71,33 +71,48 @@ def load_reference(
         init_weights="zeros",
         inference_mode=not is_trainable,
     )
+    adapted: PeftModel
     if isinstance(model, PeftModel):
         model.add_adapter(adapter_name, config)
         adapted = model
     else:
         adapted = get_peft_model(model, config, adapter_name)
-    layers = {m.key: m for m in adapted.modules() if isinstance(m, LoraXSLayer) and adapter_name in m.r}
-    _check_modules(layers, adapter_name, files)
+    try:
+        _fill(adapted, adapter_name, files, config, ignore_mismatched_sizes)
+    except BaseException:
+        if adapted is model:
+            adapted.delete_adapter(adapter_name)
+        else:
+            adapted.unload()
+        raise
+    return adapted if is_trainable else adapted.eval()
+
+
+def _fill(model: PeftModel, adapter: str, files: ReferenceFiles, config: LoraXSConfig, resized: bool) -> None:
+    """Put what was read into an adapter that was just made for it, checked against the model."""
+    layers = {m.key: m for m in model.modules() if isinstance(m, LoraXSLayer) and adapter in m.r}
+    _check_modules(layers, adapter, files)
     if files.has_basis:
-        _check_weights(layers, adapter_name, files, config)
-    differing = _differences(layers, adapter_name, files)
+        _check_weights(layers, adapter, files, config)
+    differing = _differences(layers, adapter, files)
     tensors = _translate(files)
-    _check_others(adapted, adapter_name, tensors, ignore_mismatched_sizes)
-    set_peft_model_state_dict(adapted, tensors, adapter_name, ignore_mismatched_sizes=ignore_mismatched_sizes)
+    _check_others(model, adapter, tensors, resized)
+    set_peft_model_state_dict(model, tensors, adapter, ignore_mismatched_sizes=resized)
     for layer in layers.values():
-        layer.settle(adapter_name)
-    if files.has_basis and max(differing.values()) <= config.recipe().tol:
+        layer.settle(adapter)
+    if not files.has_basis:
+        return
+    worst = max(differing, key=lambda key: differing[key])
+    if differing[worst] <= config.recipe().tol:
         config.save_basis = False
         for layer in layers.values():
-            layer.core(adapter_name).forget_basis()
-    elif files.has_basis:
-        worst = max(differing, key=lambda key: differing[key])
+            layer.core(adapter).forget_basis()
+    else:
         warnings.warn(
-            f"LoRA-XS adapter {adapter_name!r}: its basis cannot be computed again from these weights (worst module "
+            f"LoRA-XS adapter {adapter!r}: its basis cannot be computed again from these weights (worst module "
             f"{worst}: error {differing[worst]:.3g}), so A and B stay in its files.",
-            stacklevel=2,
+            stacklevel=3,
         )
-    return adapted if is_trainable else adapted.eval()
 
 
 def _check_modules(layers: Mapping[str, LoraXSLayer], adapter: str, files: ReferenceFiles) -> None:
@@ -128,8 +143,8 @@ def _check_weights(
         if len(rows):
             weight = load_weight(layer)
             made = (b[:, rows].mT.to(weight.device, torch.float32) @ weight.float()).to(a)
-            errors = (made - a[rows]).norm(dim=1) / torch.maximum(made.norm(dim=1), a[rows].norm(dim=1))
-            found.append(Mismatch(key, root_mean_square(errors.nan_to_num(nan=0.0))))
+            size = torch.maximum(made.norm(dim=1), a[rows].norm(dim=1)).clamp_min(1e-300)
+            found.append(Mismatch(key, root_mean_square((made - a[rows]).norm(dim=1) / size)))
     report(adapter, found, config.basis_check, config.basis_tol, config.recipe().tol)
 
 

@@ -111,6 +111,8 @@ def _sort(tensors: Mapping[str, Tensor], source: str) -> tuple[dict[str, dict[st
     for name, tensor in tensors.items():
         if not name.startswith(PREFIX) or not tensor.is_floating_point():
             raise ValueError(f"{source}: expected floating-point tensors named {PREFIX}…, got {name} of {tensor.dtype}")
+        if not tensor.isfinite().all():
+            raise ValueError(f"{source}: {name}: expected finite numbers, got NaN or infinity")
         for part, pattern in _PARTS.items():
             found = pattern.search(name)
             if found is not None and found.end() == len(name):

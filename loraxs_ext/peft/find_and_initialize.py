@@ -41,11 +41,11 @@ def find_and_initialize(
 ) -> None:
     """Turn a LoRA adapter into a LoRA-XS adapter (EDoRA for `use_dora=True`), in place; call it after get_peft_model.
 
-    The model stays the same object and becomes a LoRA-XS model: its targets, rank, alpha, dropout and heads are those of
-    the LoRA adapter, A and B those of the reference (`svd="reference"`), R ~ N(0, σ²). Random numbers come from torch's
-    global generator in the order of the reference, so that a seeded script starts from the same R. In a model that has
-    LoRA-XS adapters already, one more is added. With `r_squared: False` the adapter stays PEFT's LoRA, with B = U and
-    A ~ N(0, σ²), both trained.
+    The model stays the same object and becomes a LoRA-XS model. Targets, rank, alpha, dropout and heads are those of
+    the LoRA adapter; A and B are those of the reference (`svd="reference"`, with the signs of scikit-learn ≤ 1.4);
+    R ~ N(0, σ²). Random numbers come from torch's global generator in the order of the reference, so a seeded script
+    starts from the same R. In a model that has LoRA-XS adapters already, one more is added. With `r_squared: False`
+    the adapter stays PEFT's LoRA, with B = U and A ~ N(0, σ²), both trained.
 
     Args:
         model: PeftModel with the LoRA adapter.
@@ -102,8 +102,8 @@ def _lora_config(model: PeftModel, peft_config: Mapping[str, Any], adapter: str)
         return asked
     if model.peft_type != PeftType.LORA or adapter not in model.peft_config:
         raise ValueError(
-            f"adapter_name: expected a LoRA adapter of the model, got {adapter!r}; it has {model.peft_type.value} "
-            f"adapters {list(model.peft_config)}"
+            f"adapter_name: expected a LoRA adapter of the model, got {adapter!r}; the model has {model.peft_type} "
+            f"with the adapters {list(model.peft_config)}"
         )
     made = cast(LoraConfig, model.peft_config[adapter])
     for name in _FIXED_BY_LAYERS:
@@ -131,11 +131,10 @@ def _become_loraxs(model: PeftModel, adapter: str, config: LoraXSConfig) -> None
             f"adapter_name: expected the only adapter of the model, got {adapter!r} beside {others}. Add the others "
             f"afterwards, each by a call of find_and_initialize with its LoraConfig"
         )
-    base = model.base_model.model
+    base = cast(nn.Module, model.base_model.model)
     layers = _lora_layers(base)
-    merged = [name for name, layer in layers.items() if cast(Any, layer).merged]
-    if merged:
-        raise ValueError(f"adapter_name: expected an adapter that is not merged, got {adapter!r}, merged in {merged[0]}")
+    if any(cast(Any, layer).merged for layer in layers.values()):
+        raise ValueError(f"adapter_name: expected an adapter that is not merged, got {adapter!r}; call unmerge_adapter")
     with _without_lora(base, layers):
         tuner = LoraXSModel(base, {adapter: config}, adapter)
     for name, layer in layers.items():
@@ -194,7 +193,7 @@ def _initialize_lora(model: PeftModel, adapter: str, reconstruction: Reconstruct
         raise ValueError(
             "reconstruct_config['r_squared']: expected True in a model of LoRA-XS adapters, got False, which is LoRA"
         )
-    layers = {name: cast(Any, layer) for name, layer in _lora_layers(model.base_model.model).items()}
+    layers = {name: cast(Any, layer) for name, layer in _lora_layers(model.get_base_model()).items()}
     layers = {name: layer for name, layer in layers.items() if adapter in layer.r}
     foreign = [f"{name} ({type(m).__name__})" for name, m in layers.items() if adapter not in m.lora_A]
     if foreign:

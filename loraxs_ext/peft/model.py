@@ -121,6 +121,11 @@ class LoraXSModel(BaseTuner):
         with mixed_batch(self.model, names, args, kwargs):
             yield
 
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # Unloading puts back what is there already. PEFT's version also wants a weight of it, which a head of several
+        # layers has not.
+        setattr(parent, child_name, new_module)
+
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merge into the base weights, keeping them; see `LoraXSLinear.merge`."""
         with _one_merge_warning():
