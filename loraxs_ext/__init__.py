@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from . import ops as ops
 from .basis import Recipe, randomized_svd
-from .peft import LoraXSConfig, LoraXSModel
+from .checkpoint.reference import load_reference
+from .peft import LoraXSConfig, LoraXSModel, find_and_initialize
 
 __version__ = "0.1.0"
 
-__all__ = ["LoraXSConfig", "LoraXSModel", "Recipe", "ops", "randomized_svd"]
+__all__ = ["LoraXSConfig", "LoraXSModel", "Recipe", "find_and_initialize", "load_reference", "ops", "randomized_svd"]

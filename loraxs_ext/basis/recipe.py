@@ -28,12 +28,14 @@ class Recipe:
         vectors: which singular vectors. "top": from the largest down; "bottom": from the smallest up; "middle":
             outward from the centre of the spectrum; "random": a permutation fixed by `seed`.
         svd: "converged" iterates to `tol` and takes the exact path where that is cheaper; "exact" always decomposes
-            completely; choices of vectors other than "top" are always exact. "reference" repeats the ten power
-            iterations of the LoRA-XS code, from the same start (scikit-learn's TruncatedSVD(r, n_iter=10,
-            random_state=42)): not converged, but an R that was trained on such a basis means the same on this one. It
-            uses no other field but `sigma` and `sklearn_signs`, and its ranks are not nested.
+            completely; choices of vectors other than "top" are always exact. "reference" repeats the power iterations
+            of the LoRA-XS code, from the same start (scikit-learn's TruncatedSVD(r, n_iter=10, random_state=42)): not
+            converged, but an R that was trained on such a basis means the same on this one. It uses no other fields
+            but `sigma` and the three of scikit-learn, and its ranks are not nested.
         sklearn_signs: for svd="reference", whose largest entries are positive: "rows of A" in scikit-learn ≤ 1.4,
             which the LoRA-XS code pins, "columns of B" in ≥ 1.5.
+        sklearn_n_iter: for svd="reference", the number of power iterations, at least 0.
+        sklearn_random_state: for svd="reference", the seed of the start, in [0, 2^32).
         n_oversamples: Ritz vectors beyond the rank that survive a restart of the iteration, at least 1.
         tol: bound on the sine of the largest angle between the computed and the true singular subspace.
         max_iter: bound on the number of Lanczos steps (two products with the weight each).
@@ -48,6 +50,8 @@ class Recipe:
     vectors: Vectors = "top"
     svd: Decomposition = "converged"
     sklearn_signs: SklearnSigns = "rows of A"
+    sklearn_n_iter: int = 10
+    sklearn_random_state: int = 42
     n_oversamples: int = 32
     tol: float = 1e-3
     max_iter: int = 100
@@ -68,6 +72,10 @@ class Recipe:
         for name in ("n_oversamples", "max_iter"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.sklearn_n_iter < 0:
+            raise ValueError(f"sklearn_n_iter must be at least 0, got {self.sklearn_n_iter}")
+        if not 0 <= self.sklearn_random_state < 2**32:
+            raise ValueError(f"sklearn_random_state must be in [0, 2^32), got {self.sklearn_random_state}")
         if not 0.0 < self.tol < 1.0:
             raise ValueError(f"tol must lie between 0 and 1, got {self.tol}")
         if not 0 <= self.seed < 2**63:

@@ -1,4 +1,4 @@
-"""The basis of the LoRA-XS reference code, which is not the truncated SVD but ten power iterations towards it.
+"""The basis of the LoRA-XS reference code, which is not the truncated SVD but a few power iterations towards it.
 
 The reference calls scikit-learn's TruncatedSVD(n_components=r, n_iter=10, random_state=42) on X = Wᵀ. On a weight whose
 spectrum decays slowly that has not converged, so an R trained on its basis belongs to that very start and number of
@@ -17,22 +17,22 @@ from .orthonormal import orthonormalize_rows
 from .precision import multiply_rows
 from .recipe import SklearnSigns
 
-ITERATIONS = 10
-_SEED, _OVERSAMPLES = 42, 10
+_OVERSAMPLES = 10
 
 
 @functools.lru_cache(maxsize=16)
-def _start(side: int, count: int) -> Tensor:
+def _start(side: int, count: int, seed: int) -> Tensor:
     """[count, side] fp64: the transpose of what scikit-learn draws for X of smaller side `side`."""
-    return torch.from_numpy(np.random.RandomState(_SEED).normal(size=(side, count))).T.contiguous()
+    return torch.from_numpy(np.random.RandomState(seed).normal(size=(side, count))).T.contiguous()
 
 
-def sklearn_left_vectors(W: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def sklearn_left_vectors(W: Tensor, rank: int, n_iter: int, random_state: int) -> tuple[Tensor, Tensor]:
     """What the reference takes for left singular vectors: `components_` of TruncatedSVD on Wᵀ, up to signs.
 
     Args:
         W: [b, N, K], fp32 or fp64.
         rank: between 1 and min(N, K).
+        n_iter, random_state: of TruncatedSVD, an int each.
 
     Returns:
         Orthonormal rows [b, rank, N], and the other Ritz values [b, ≤ 10] of σ.
@@ -40,8 +40,9 @@ def sklearn_left_vectors(W: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     N, K = W.shape[-2:]
     # scikit-learn iterates on the smaller side of X = Wᵀ; for square matrices on that of X's columns, which is N.
     short = W if N <= K else W.mT
-    rows = _start(min(N, K), rank + _OVERSAMPLES).to(W.device, W.dtype)[: min(N, K)].expand(len(W), -1, -1)
-    for _ in range(ITERATIONS):
+    start = _start(min(N, K), rank + _OVERSAMPLES, random_state)
+    rows = start.to(W.device, W.dtype)[: min(N, K)].expand(len(W), -1, -1)
+    for _ in range(n_iter):
         rows = orthonormalize_rows(multiply_rows(rows, short))
         rows = orthonormalize_rows(multiply_rows(rows, short.mT))
     rows = orthonormalize_rows(multiply_rows(rows, short))

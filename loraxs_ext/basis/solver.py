@@ -17,7 +17,7 @@ from .orthonormal import orthonormalize_rows
 from .precision import multiply_rows
 from .probes import COMPLETION, SIGN, probes
 from .recipe import Recipe
-from .sklearn_svd import ITERATIONS, sklearn_left_vectors, sklearn_signs
+from .sklearn_svd import sklearn_left_vectors, sklearn_signs
 
 Method = Literal["auto", "block_lanczos", "chebyshev", "exact"]
 
@@ -135,7 +135,7 @@ def _solve_fully(W: Tensor, rank: int, recipe: Recipe) -> Triplets:
 
 def _solve_as_sklearn(W: Tensor, rank: int, recipe: Recipe) -> Triplets:
     """The unconverged basis of the LoRA-XS code; its error is reported, not improved."""
-    left, rest = sklearn_left_vectors(W, rank)
+    left, rest = sklearn_left_vectors(W, rank, recipe.sklearn_n_iter, recipe.sklearn_random_state)
     projected = multiply_rows(left, W)
     sign = sklearn_signs(left, projected, recipe.sklearn_signs)
     back = multiply_rows(projected, W.mT)
@@ -145,7 +145,7 @@ def _solve_as_sklearn(W: Tensor, rank: int, recipe: Recipe) -> Triplets:
     bounds, _ = cut_bounds(gram.diagonal(dim1=-2, dim2=-1), rest.square(), zero, outside, gram.square())
     # Only at its own rank is this the reference's basis: that of a smaller rank starts from fewer vectors.
     bounds[:, :-1] = 1.0
-    steps = torch.full((len(W),), ITERATIONS, device=W.device)
+    steps = torch.full((len(W),), recipe.sklearn_n_iter, device=W.device)
     return _measure(W, left * sign, None, rest, bounds.clamp_max(1.0), steps, signed=True)
 
 

@@ -1,1 +1,1 @@
-"""Adapters of other methods and other shapes, read and written."""
+"""Adapters and models in the formats of others: read, converted, exported, merged."""

@@ -56,6 +56,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--vectors", default="top", help='"top", "middle", "bottom" or "random"')
     how.add_argument("--svd", default="converged", help='"converged", "exact" or "reference"')
     how.add_argument("--sklearn-signs", default="rows of A", help='of "reference": "rows of A" or "columns of B"')
+    how.add_argument("--sklearn-n-iter", type=int, default=Recipe.sklearn_n_iter, help='of "reference": iterations')
+    how.add_argument("--sklearn-random-state", type=int, default=Recipe.sklearn_random_state, help="its seed")
     how.add_argument("--tol", type=float, default=Recipe.tol, help="bound on the subspace error (default %(default)s)")
     how.add_argument("--max-iter", type=int, default=Recipe.max_iter, help="Lanczos steps (default %(default)s)")
     how.add_argument("--n-oversamples", type=int, default=Recipe.n_oversamples, help="default %(default)s")
@@ -210,7 +212,8 @@ def _config(arguments: argparse.Namespace) -> LoraXSConfig:
 
 
 def _recipe(arguments: argparse.Namespace) -> Recipe:
-    fields = ("sigma", "vectors", "svd", "sklearn_signs", "tol", "max_iter", "n_oversamples", "seed")
+    sklearn = ("sklearn_signs", "sklearn_n_iter", "sklearn_random_state")
+    fields = ("sigma", "vectors", "svd", *sklearn, "tol", "max_iter", "n_oversamples", "seed")
     return Recipe(**{name: getattr(arguments, name) for name in fields})
 
 

@@ -95,6 +95,11 @@ class Core(nn.Module):
             self._buffers["a"], self._buffers["bt"] = a.clone(), bt.clone()
         self.settled = True
 
+    def forget_basis(self) -> None:
+        """Keep the sketch of the basis only."""
+        for name in ("a", "bt"):
+            self._buffers.pop(name, None)
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         loaded = {name: state_dict.get(prefix + name) for name in self.identity}
         if any(new is not None and not _same(new, self._buffers.get(name)) for name, new in loaded.items()):

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from . import decode, reference
-from .contract import LIBRARY, OPS, UNWRAPPED, check, tensors_of
+from .contract import LIBRARY, OPS, UNWRAPPED, check, table_of, tensors_of
 
 BACKENDS = ("auto", "triton", "cuda", "reference")
 BACKEND = os.environ.get("LORAXS_BACKEND", "auto")
@@ -71,7 +71,7 @@ def _checked(op: str, meaning: Callable[..., Any]) -> Callable[..., Any]:
         given = {name: None for name in names} | dict(zip(names, args, strict=False)) | kwargs
         check(op, given.get("p_drop") or 0.0, **{name: given[name] for name in shaped})
         if given.get("slots") is not None:
-            _check_slots(op, given["slots"], given["pages"].shape[0])
+            _check_slots(op, given["slots"], given[table_of(op)].shape[0])
         if not torch._C._is_any_autocast_enabled():
             return meaning(*args, **kwargs)
         # The contract fixes the precision of every sum; autocast must not lower it inside the op.

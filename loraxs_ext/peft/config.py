@@ -15,8 +15,9 @@ BasisCheck = Literal["error", "warn", "ignore"]
 
 # Fields of this class that are fields of the recipe under another name.
 _RECIPE_NAMES = {"svd_tol": "tol", "svd_max_iter": "max_iter", "svd_seed": "seed"}
+_SKLEARN_FIELDS = ("sklearn_signs", "sklearn_n_iter", "sklearn_random_state")
 # Fields of this class that all adapters of a model must agree in.
-RECIPE_FIELDS = ("sigma", "vectors", "svd", "sklearn_signs", "n_oversamples", "sketch_version", *_RECIPE_NAMES)
+RECIPE_FIELDS = ("sigma", "vectors", "svd", *_SKLEARN_FIELDS, "n_oversamples", "sketch_version", *_RECIPE_NAMES)
 
 
 @dataclass
@@ -57,7 +58,8 @@ class LoraXSConfig(PeftConfig):
         sigma: where the singular values sit: "A" (the reference), "sqrt" or "B".
         vectors: which singular vectors: "top", "middle", "bottom" or "random".
         svd: "converged", "exact" or "reference".
-        sklearn_signs, n_oversamples, svd_tol, svd_max_iter, svd_seed, sketch_version: see `loraxs_ext.basis.Recipe`.
+        sklearn_signs, sklearn_n_iter, sklearn_random_state, n_oversamples, svd_tol, svd_max_iter, svd_seed,
+            sketch_version: see `loraxs_ext.basis.Recipe`.
 
         save_basis: store A and B with R: a file of LoRA's size that needs no SVD and fits any copy of the base model.
         basis_file: path of a file made by `loraxs init --output` for this base model: its bases are used instead of
@@ -66,6 +68,10 @@ class LoraXSConfig(PeftConfig):
         basis_tol: largest accepted difference of the bases, measured as in `loraxs_ext.peft.verify`; the bound on the
             residual of an anchor (0.01) moves in proportion.
         base_fingerprint: 64 bits of the base weights, in hex; written when the adapter is saved.
+
+        use_edora: train the lengths m of the rows of the adapted weight beside R: N numbers more in each module.
+        edora_norm: "detached" takes their norm for a constant in the gradient of R, as DoRA and the reference do;
+            "differentiated" does not.
 
     Raises:
         ValueError or TypeError: a field is out of range; the message names it, what was expected and what came.
@@ -104,6 +110,8 @@ class LoraXSConfig(PeftConfig):
     vectors: Literal["top", "middle", "bottom", "random"] = "top"
     svd: Literal["converged", "exact", "reference"] = "converged"
     sklearn_signs: Literal["rows of A", "columns of B"] = "rows of A"
+    sklearn_n_iter: int = Recipe.sklearn_n_iter
+    sklearn_random_state: int = Recipe.sklearn_random_state
     n_oversamples: int = Recipe.n_oversamples
     svd_tol: float = Recipe.tol
     svd_max_iter: int = Recipe.max_iter
@@ -115,6 +123,9 @@ class LoraXSConfig(PeftConfig):
     basis_check: BasisCheck = "error"
     basis_tol: float = 0.1
     base_fingerprint: str | None = None
+
+    use_edora: bool = False
+    edora_norm: Literal["detached", "differentiated"] = "detached"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -151,6 +162,14 @@ class LoraXSConfig(PeftConfig):
             self.basis_check,
         )
         _expect(self.basis_tol > 0.0, "basis_tol", "a positive number", self.basis_tol)
+        if not isinstance(self.use_edora, bool):
+            raise TypeError(f"use_edora: expected True or False, got {self.use_edora!r}")
+        _expect(
+            self.edora_norm in ("detached", "differentiated"),
+            "edora_norm",
+            "'detached' or 'differentiated'",
+            self.edora_norm,
+        )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern: expected layers_to_transform beside it, got None")
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:

@@ -36,7 +36,7 @@ from .mixed import mixed_batch
 from .register import PREFIX
 from .weights import combined_fingerprint
 
-_FROZEN_BUFFERS = ("loraxs_A", "loraxs_Bt", "loraxs_R")
+_FROZEN_BUFFERS = ("loraxs_A", "loraxs_Bt", "loraxs_R", "loraxs_norms")
 
 
 class LoraXSModel(BaseTuner):
@@ -107,6 +107,7 @@ class LoraXSModel(BaseTuner):
             "keep_basis": config.save_basis,
             "tiny": self._tiny_options(config),
             "inference_mode": config.inference_mode,
+            "magnitude": config.edora_norm if config.use_edora else None,
         }
         layer: LoraXSLayer
         if isinstance(target, LoraXSLayer):
@@ -139,6 +140,11 @@ class LoraXSModel(BaseTuner):
         with mixed_batch(self.model, names, args, kwargs):
             yield
 
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # Unloading puts back what is there already. PEFT's version also wants a weight of it, which a head of several
+        # layers has not.
+        setattr(parent, child_name, new_module)
+
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merge into the base weights, keeping them; see `LoraXSLinear.merge`."""
         with _one_merge_warning():
@@ -160,7 +166,7 @@ class LoraXSModel(BaseTuner):
             combination_type: "linear", "svd" or "cat"; LoRA's three ways to a sum, which are one here.
 
         Raises:
-            ValueError: an adapter does not exist, or the arguments do not fit each other.
+            ValueError: an adapter does not exist or has a magnitude, or the arguments do not fit each other.
         """
         combine(self, adapters, weights, adapter_name, combination_type)
 

@@ -23,6 +23,8 @@ def test_recipes_are_values() -> None:
         ({"sigma": "C"}, "sigma must be one of"),
         ({"svd": "randomized"}, "svd must be one of"),
         ({"vectors": "left"}, "vectors must be one of"),
+        ({"sklearn_n_iter": -1}, "sklearn_n_iter must be at least 0, got -1"),
+        ({"sklearn_random_state": 2**32}, "sklearn_random_state must be in"),
         ({"tol": 1.0}, "tol must lie between 0 and 1, got 1.0"),
         ({"seed": 2**63}, "seed must be in"),
         ({"sketch_version": 2}, "sketch_version 2 cannot be computed"),

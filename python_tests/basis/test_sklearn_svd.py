@@ -29,12 +29,12 @@ WEIGHTS = {
 }
 
 
-def reference(W: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def reference(W: Tensor, rank: int, n_iter: int = 10, random_state: int = 42) -> tuple[Tensor, Tensor]:
     """A and B as the reference code computes them."""
     X = W.numpy().T
     from sklearn.decomposition import TruncatedSVD
 
-    svd = TruncatedSVD(n_components=rank, n_iter=10, random_state=42)
+    svd = TruncatedSVD(n_components=rank, n_iter=n_iter, random_state=random_state)
     svd.fit(X)
     return torch.from_numpy(X @ svd.components_.T).T, torch.from_numpy(svd.components_).T
 
@@ -68,6 +68,19 @@ def test_both_sign_rules(shape: tuple[int, int]) -> None:
         signs = np.sign(anchors[np.arange(8), np.abs(anchors).argmax(1)])
         assert np.abs(ours.bt.numpy() - signs[:, None] * b.T).max() < 1e-3
         assert np.abs(ours.a.numpy() - signs[:, None] * a).max() < 1e-3 * np.abs(a).max()
+
+
+@pytest.mark.parametrize(("n_iter", "random_state"), [(0, 42), (1, 42), (3, 7), (10, 2**32 - 1)])
+def test_other_iterations_and_seeds_agree_too(n_iter: int, random_state: int) -> None:
+    W = power_law(120, 90, 0.5).float()
+    a, b = reference(W, 6, n_iter, random_state)
+    recipe = Recipe(
+        svd="reference", sklearn_signs=SKLEARN_RULE, sklearn_n_iter=n_iter, sklearn_random_state=random_state
+    )
+    found = decompose({"w": W}, 6, recipe, progress=False)["w"]
+    R = gaussian(6, 6).double()
+    theirs = delta(a, b, R)
+    assert float((delta(found.a, found.bt.mT, R) - theirs).norm() / theirs.norm()) <= 1e-4
 
 
 def test_its_error_is_the_reference_s_and_no_reason_to_warn() -> None:
