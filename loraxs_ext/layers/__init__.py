@@ -1,10 +1,15 @@
 """Layers: where R lives, how a batch is routed to adapters, how adapters are merged. Knows nothing of where bases come
 from."""
 
+from .conv import LoraXSConv
 from .core import CoreMatrix, initial_core
+from .embedding import LoraXSEmbedding
 from .layer import BasisPolicy, LoraXSLayer
 from .linear import LoraXSLinear
 from .merge import MergeLossWarning, delta_weight, rounding_loss
+from .opaque import LoraXSOpaque
+from .probing import pass_gradients
+from .repacking import guard_packed_weights
 from .routing import BASE, Route, build_route, routed
 from .stacked import SharedProjection, share_projections
 
@@ -12,14 +17,19 @@ __all__ = [
     "BASE",
     "BasisPolicy",
     "CoreMatrix",
+    "LoraXSConv",
+    "LoraXSEmbedding",
     "LoraXSLayer",
     "LoraXSLinear",
+    "LoraXSOpaque",
     "MergeLossWarning",
     "Route",
     "SharedProjection",
     "build_route",
     "delta_weight",
+    "guard_packed_weights",
     "initial_core",
+    "pass_gradients",
     "rounding_loss",
     "routed",
     "share_projections",

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .core import CoreMatrix, InitWeights, initial_core
+from .repacking import is_repacked, unpack
 from .routing import Route
 from .stacked import SharedProjection
 
@@ -49,6 +50,10 @@ class LoraXSLayer(nn.Module, BaseTunerLayer):
         "loraxs_dropout",
         "basis_policy",
     )
+    # What the adapters adapt.
+    parameter_name: str = "weight"
+    # Whether the forward pass may take x Aᵀ from its siblings.
+    shares_projection: bool = True
     base_layer: nn.Module
     loraxs_A: Tensor | None
     loraxs_Bt: Tensor | None
@@ -64,7 +69,7 @@ class LoraXSLayer(nn.Module, BaseTunerLayer):
         self.key = key
         base = self.get_base_layer()
         self.quantization_backend = resolve_quantization_backend(base, **quantization)
-        self.in_features, self.out_features = cast(tuple[int, int], _get_in_out_features(base))
+        self.in_features, self.out_features = self.matrix_features(base)
         self.fan_in_fan_out = isinstance(base, Conv1D)
         self.r: dict[str, int] = {}
         self.lora_alpha: dict[str, float] = {}
@@ -197,25 +202,32 @@ class LoraXSLayer(nn.Module, BaseTunerLayer):
             device = getattr(base._hf_hook, "execution_device", None) or device
         return torch.device("cpu") if device is None else torch.device(device)
 
-    def frozen_weight(self) -> Tensor:
-        """W [N, K] of the base layer without any adapter, dequantised.
+    def matrix_features(self, base: nn.Module) -> tuple[int, int]:
+        """K and N of the matrix that stands for the weight of `base`. May be overridden."""
+        return cast(tuple[int, int], _get_in_out_features(base))
 
-        Raises:
-            RuntimeError: a 4-bit weight was repacked and cannot be read any more.
-        """
+    def as_matrix(self, stored: Tensor) -> Tensor:
+        """W [N, K] of a weight in the layout of the base layer. May be overridden, with `as_stored`."""
+        return stored.mT if self.fan_in_fan_out else stored
+
+    def as_stored(self, matrix: Tensor) -> Tensor:
+        """A matrix [N, K] in the layout of the base layer."""
+        return matrix.mT if self.fan_in_fan_out else matrix
+
+    def frozen_weight(self) -> Tensor:
+        """W [N, K] of the base layer without any adapter, dequantised."""
         if self.quantization_backend is None:
-            weight = self.unmerged_weight[0].data if self.unmerged_weight else self.get_base_weight()
-            return weight.mT if self.fan_in_fan_out else weight
+            return self.as_matrix(self.unmerged_weight[0].data if self.unmerged_weight else self.stored_weight())
         base: Any = self.unmerged_base[0] if self.unmerged_base else self.base_layer
         while hasattr(base, "base_layer"):
             base = base.base_layer
-        quant_state = getattr(getattr(base, "weight", None), "quant_state", None)
-        if getattr(quant_state, "packing_format_for_cpu", False):
-            raise RuntimeError(
-                f"{self.key}: base_layer: expected a readable 4-bit weight, got one that bitsandbytes repacked for the "
-                f"CPU at its first forward pass in eval mode. Add and merge adapters before that."
-            )
+        if is_repacked(base):
+            unpack(base)
         return self.quantization_backend.get_base_weight(base)
+
+    def stored_weight(self) -> Tensor:
+        """The weight the base layer has at the moment, merged or not, dequantised but in its own layout."""
+        return self.get_base_weight()
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Scaling of `adapter` = `scale` times its initial scaling; an adapter this layer lacks is ignored."""

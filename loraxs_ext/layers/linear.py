@@ -17,6 +17,7 @@ from loraxs_ext import ops
 
 from .layer import LoraXSLayer
 from .merge import LOSS_WORTH_A_WARNING, MergeLossWarning, delta_weight, rounding_loss
+from .probing import straight_through
 from .routing import Route, pad
 from .stacked import SHARE_ON_CPU
 
@@ -55,15 +56,10 @@ class LoraXSLinear(LoraXSLayer):
         """y [..., N] for x [..., K]; further arguments go to the base layer."""
         # Here and in what this calls, parts are taken from the dictionaries of nn.Module: its attribute look-up costs
         # about as much as the low-rank arithmetic of one token, and a decoder asks hundreds of layers for every token.
+        if self.is_bare():
+            return self.base_layer(x, *args, **kwargs)
         base: Any = self._modules["base_layer"]
-        if self._disable_adapters:
-            if self.merged_adapters:
-                self.unmerge()
-                base = self.base_layer
-            return base(x, *args, **kwargs)
-        if self.merged_adapters:
-            return base(x, *args, **kwargs)
-        paths = self._active_paths() if self.route is None else self._routed_path(x, self.route)
+        paths = self.paths(x)
         if paths and type(base) is nn.Linear and not (args or kwargs) and _is_fusable(base, x, paths[0].a.dtype):
             a, b, pages, slots, scale, p_drop = paths.pop(0)
             frozen: Any = base._parameters
@@ -78,10 +74,20 @@ class LoraXSLinear(LoraXSLayer):
                 rng = _draw_rng(x) if p_drop else None
                 y = ops.linear(x, weight, bias, a, b, pages, slots, scale, p_drop=p_drop, rng=rng)
         else:
-            y = base(x, *args, **kwargs)
+            y = straight_through(self.frozen_weight, x, base(x, *args, **kwargs))
         for path in paths:
-            y = _add(y, x, path)
+            y = add_path(y, x, path)
         return y
+
+    def is_bare(self) -> bool:
+        """Whether the base layer is all there is to call: adapters are merged, or disabled (and unmerged here)."""
+        if self._disable_adapters and self.merged_adapters:
+            self.unmerge()
+        return self._disable_adapters or bool(self.merged_adapters)
+
+    def paths(self, x: Tensor) -> list[LowRankPath]:
+        """What is added to the output of the base layer for x [..., K]."""
+        return self._active_paths() if self.route is None else self._routed_path(x, self.route)
 
     def _active_paths(self) -> list[LowRankPath]:
         """One path per dropout probability among the active adapters, hence nearly always one."""
@@ -117,8 +123,7 @@ class LoraXSLinear(LoraXSLayer):
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """ΔW = s·B R A in the layout of the base weight, in fp32 (fp64 for an fp64 base)."""
-        delta = self._low_rank_weight(adapter)
-        return delta.mT if self.fan_in_fan_out else delta
+        return self.as_stored(self._low_rank_weight(adapter))
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -143,10 +148,9 @@ class LoraXSLinear(LoraXSLayer):
         merged = (frozen.to(delta.dtype) + delta).to(frozen.dtype)
         if safe_merge and not torch.isfinite(merged).all():
             raise ValueError(f"NaNs detected in the merged weights. The adapter {adapters} seems to be broken")
-        self._replace_weight(merged.mT.contiguous() if self.fan_in_fan_out else merged)
+        self._replace_weight(self.as_stored(merged).contiguous())
         self.merged_adapters.extend(adapters)
-        stored = self.get_base_weight()
-        loss = rounding_loss(frozen, delta, stored.mT if self.fan_in_fan_out else stored)
+        loss = rounding_loss(frozen, delta, self.as_matrix(self.stored_weight()))
         if loss > LOSS_WORTH_A_WARNING:
             warnings.warn(MergeLossWarning(self.key, loss), stacklevel=2)
 
@@ -161,10 +165,10 @@ class LoraXSLinear(LoraXSLayer):
             device = self.get_base_layer_device()
             self.base_layer = self.unmerged_base.pop().to(device)
         else:
-            base: Any = self.get_base_layer()
-            weight = self.unmerged_weight.pop()
-            weight.data = weight.data.to(base.weight.device, base.weight.dtype)
-            base.weight = weight
+            base, name = self.get_base_layer(), self.parameter_name
+            merged, weight = getattr(base, name), self.unmerged_weight.pop()
+            weight.data = weight.data.to(merged.device, merged.dtype)
+            setattr(base, name, weight)
 
     def _low_rank_weight(self, adapter: str) -> Tensor:
         self.settle(adapter)
@@ -173,16 +177,22 @@ class LoraXSLinear(LoraXSLayer):
     def _replace_weight(self, merged: Tensor) -> None:
         """Store `merged` (in the layout of the base layer) and keep what it replaces."""
         if self.quantization_backend is None:
-            base: Any = self.get_base_layer()
+            base, name = self.get_base_layer(), self.parameter_name
+            weight = getattr(base, name)
             if not self.unmerged_weight:
-                self.unmerged_weight.append(base.weight)
-            base.weight = nn.Parameter(merged, requires_grad=base.weight.requires_grad)
+                self.unmerged_weight.append(weight)
+            setattr(base, name, nn.Parameter(merged, requires_grad=weight.requires_grad))
         else:
             # Quantised layers keep state beside the weight, each kind its own: set the whole layer aside.
+            before = self.base_layer
+            self.base_layer = copy.deepcopy(self.unmerged_base[0] if self.unmerged_base else before)
+            try:
+                self.set_base_weight(merged)
+            except Exception:
+                self.base_layer = before
+                raise
             if not self.unmerged_base:
-                self.unmerged_base.append(self.base_layer)
-            self.base_layer = copy.deepcopy(self.unmerged_base[0])
-            self.set_base_weight(merged)
+                self.unmerged_base.append(before)
 
     def extra_repr(self) -> str:
         """Ranks of the adapters and of the basis, and the quantisation backend where there is one."""
@@ -205,7 +215,8 @@ def _is_fusable(base: nn.Linear, x: Tensor, dtype: torch.dtype) -> bool:
     return weight.dtype == dtype and (x.dtype == dtype or torch.is_autocast_enabled(x.device.type))
 
 
-def _add(y: Tensor, x: Tensor, path: LowRankPath) -> Tensor:
+def add_path(y: Tensor, x: Tensor, path: LowRankPath) -> Tensor:
+    """y [..., N] + the low-rank part of x [..., K], in the dtype of y."""
     dtype = path.a.dtype
     rng = _draw_rng(x) if path.p_drop else None
     return ops.add_delta(y.to(dtype), x.to(dtype), *path[:5], p_drop=path.p_drop, rng=rng).to(y.dtype)

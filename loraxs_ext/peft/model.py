@@ -8,22 +8,17 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 from peft.config import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils import (
-    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
-    get_quantization_kwargs,
-    resolve_quantization_backend,
-)
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
-from transformers.pytorch_utils import Conv1D
 
-from loraxs_ext.layers import LoraXSLayer, LoraXSLinear, MergeLossWarning, share_projections
+from loraxs_ext.layers import LoraXSLayer, MergeLossWarning, guard_packed_weights, pass_gradients, share_projections
 
 from .bases import AdapterBasis
 from .combine import combine
 from .config import LoraXSConfig
+from .dispatch import layer_class, quantization_options
 from .mixed import mixed_batch
 from .register import PREFIX
 from .weights import combined_fingerprint
@@ -48,6 +43,8 @@ class LoraXSModel(BaseTuner):
         self._policy = AdapterBasis(adapter_name, *options)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         share_projections(model)
+        guard_packed_weights(model)
+        pass_gradients(model)
         if config.fan_in_fan_out and not all(layer.fan_in_fan_out for layer in self._policy.layers):
             warnings.warn(
                 "fan_in_fan_out: expected False for torch.nn.Linear layers, got True; the layout of each layer's own "
@@ -101,9 +98,9 @@ class LoraXSModel(BaseTuner):
             layer = target
             layer.update_layer(adapter_name, **options)
         else:
-            quantization = get_quantization_kwargs(self.model)
-            _check_supported(target, current_key, quantization)
-            layer = LoraXSLinear(target, current_key, adapter_name, quantization, **options)
+            quantization = quantization_options(self.model)
+            kind = layer_class(target, current_key, quantization)
+            layer = kind(target, current_key, adapter_name, quantization, **options)
             if adapter_name not in self.active_adapters:
                 layer.requires_grad_(False)
             # Not _replace_module: it would move R to the device of the weight, which is "meta" for an offloaded one.
@@ -186,21 +183,6 @@ def _layers(model: nn.Module) -> list[LoraXSLayer]:
 
 def _frozen_buffer_names(model: nn.Module) -> list[str]:
     return [name for name, _ in model.named_buffers() if any(part in name for part in _FROZEN_BUFFERS)]
-
-
-def _check_supported(target: nn.Module, key: str, quantization: dict[str, Any]) -> None:
-    base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-    if isinstance(base, NonDynamicallyQuantizableLinear):
-        raise TypeError(
-            f"target_modules: {key}: expected a layer that is called, got the output projection of "
-            f"torch.nn.MultiheadAttention, which reads its weight only; name it in exclude_modules"
-        )
-    backend = resolve_quantization_backend(base, **quantization)
-    if not (isinstance(base, (nn.Linear, Conv1D)) or (backend is not None and backend.layer_type == "linear")):
-        raise TypeError(
-            f"target_modules: {key}: expected torch.nn.Linear, transformers' Conv1D or a quantised linear layer, got "
-            f"{type(base).__name__}"
-        )
 
 
 @contextmanager
