@@ -4,6 +4,7 @@ from."""
 from .conv import LoraXSConv
 from .core import CoreMatrix, initial_core
 from .embedding import LoraXSEmbedding
+from .experts import ParamWrapper
 from .layer import BasisPolicy, LoraXSLayer
 from .linear import LoraXSLinear
 from .merge import MergeLossWarning, delta_weight, rounding_loss
@@ -23,6 +24,7 @@ __all__ = [
     "LoraXSLinear",
     "LoraXSOpaque",
     "MergeLossWarning",
+    "ParamWrapper",
     "Route",
     "SharedProjection",
     "build_route",

@@ -51,7 +51,8 @@ class LoraXSConv(LoraXSLinear):
             return y
         base: Any = self.get_base_layer()
         channels = -1 - len(base.stride)
-        seen = x[(..., *(slice(None, None, step) for step in base.stride))].movedim(channels, -1)
+        steps: tuple[Any, ...] = (..., *(slice(None, None, step) for step in base.stride))
+        seen = x[steps].movedim(channels, -1)
         y = y.movedim(channels, -1)
         for path in self.paths(seen):
             y = add_path(y, seen, path)

@@ -14,27 +14,27 @@ SKETCH_ROWS = 5
 
 
 class CoreMatrix(nn.Module):
-    """The trainable R [r, r] with what is stored beside it.
+    """The trainable R [r, r] with what is stored beside it; or a stack [E, r, r] of them, and all of it stacked.
 
     In a state dict it is `loraxs_R.<adapter>.weight` and `.sketch`, and `.a`, `.bt` when the basis is kept with the
     adapter. R means nothing without its basis, so `settled` tells whether the sketch was compared with the layer's
     basis since it last came in from outside; the layer refuses to compute with a core that is not settled.
 
     Args:
-        weight: [r, r], initial value of R.
+        weight: [r, r] or [E, r, r], initial value of R.
         basis_shape: (K, N) to keep the basis with the adapter, None to keep its sketch only.
     """
 
     def __init__(self, weight: Tensor, basis_shape: tuple[int, int] | None = None) -> None:
         super().__init__()
-        r = weight.shape[0]
+        *stack, r, _ = weight.shape
         self.settled = False
         self.weight = nn.Parameter(weight)
         # NaN marks what was not recorded yet. `sketch` is a property, so it goes past register_buffer's name check.
-        self._buffers["sketch"] = torch.full((SKETCH_ROWS, r), torch.nan)
+        self._buffers["sketch"] = torch.full((*stack, SKETCH_ROWS, r), torch.nan)
         if basis_shape is not None:
-            self.register_buffer("a", torch.full((r, basis_shape[0]), torch.nan))
-            self.register_buffer("bt", torch.full((r, basis_shape[1]), torch.nan))
+            self.register_buffer("a", torch.full((*stack, r, basis_shape[0]), torch.nan))
+            self.register_buffer("bt", torch.full((*stack, r, basis_shape[1]), torch.nan))
 
     @property
     def sketch(self) -> Tensor:
@@ -56,7 +56,7 @@ class CoreMatrix(nn.Module):
     @property
     def rank(self) -> int:
         """r."""
-        return self.weight.shape[0]
+        return self.weight.shape[-1]
 
     @property
     def stored_basis(self) -> tuple[Tensor, Tensor] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable, Sequence
 from typing import Any, Protocol, cast
 
 import torch
@@ -54,6 +55,8 @@ class LoraXSLayer(nn.Module, BaseTunerLayer):
     parameter_name: str = "weight"
     # Whether the forward pass may take x Aᵀ from its siblings.
     shares_projection: bool = True
+    # How many matrices W the parameter stacks; None for one, which is not stacked.
+    num_experts: int | None = None
     base_layer: nn.Module
     loraxs_A: Tensor | None
     loraxs_Bt: Tensor | None
@@ -106,7 +109,27 @@ class LoraXSLayer(nn.Module, BaseTunerLayer):
         a, bt = self._buffers["loraxs_A"], self._buffers["loraxs_Bt"]
         if a is None or bt is None:
             raise RuntimeError(f"{self.key}: base_layer: expected weights to compute a basis from, got the meta device")
-        return (a, bt) if a.shape[0] == r else (a[:r], bt[:r])
+        return (a, bt) if a.shape[-2] == r else (a[..., :r, :], bt[..., :r, :])
+
+    @property
+    def sites(self) -> Sequence[LoraXSLayer]:
+        """What has one W, one basis and one R per adapter each: this layer, or its experts."""
+        return (self,)
+
+    @property
+    def module(self) -> nn.Module:
+        """The layer a site belongs to."""
+        return self
+
+    @property
+    def weight_id(self) -> Hashable:
+        """The same for sites that share one weight."""
+        base = self.get_base_layer()
+        return id(self.unmerged_weight[0] if self.unmerged_weight else getattr(base, self.parameter_name, base))
+
+    def share_basis(self, owner: LoraXSLayer) -> None:
+        """Use the basis of `owner`, in place of a copy of it."""
+        self.loraxs_A, self.loraxs_Bt = owner.loraxs_A, owner.loraxs_Bt
 
     def core(self, adapter: str) -> CoreMatrix:
         """The module that owns R of `adapter`."""
@@ -147,7 +170,11 @@ class LoraXSLayer(nn.Module, BaseTunerLayer):
         self.basis_policy[adapter] = policy
         self.loraxs_dropout[adapter] = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
         dtype = torch.float64 if self.basis_dtype == torch.float64 else torch.float32
-        weight = initial_core(rank, init_weights, std=init_std, seed=init_seed, key=self.key, dtype=dtype)
+        cores = [
+            initial_core(rank, init_weights, std=init_std, seed=init_seed, key=site.key, dtype=dtype)
+            for site in self.sites
+        ]
+        weight = cores[0] if self.num_experts is None else torch.stack(cores)
         shape = (self.in_features, self.out_features) if keep_basis else None
         self.loraxs_R[adapter] = CoreMatrix(weight, shape)
         self._move_adapter_to_device_of_base_layer(adapter)
@@ -186,7 +213,7 @@ class LoraXSLayer(nn.Module, BaseTunerLayer):
     @property
     def basis_rank(self) -> int:
         """Rows of the basis; 0 before there is one."""
-        return 0 if self.loraxs_A is None else self.loraxs_A.shape[0]
+        return 0 if self.loraxs_A is None else self.loraxs_A.shape[-2]
 
     @property
     def basis_dtype(self) -> torch.dtype:

@@ -58,8 +58,8 @@ def call_frozen(base: nn.Module, x: Tensor, key: str) -> Tensor:
     if not isinstance(y, Tensor) or y.ndim != 2 or len(y) != len(x):
         got = list(y.shape) if isinstance(y, Tensor) else type(y).__name__
         raise TypeError(
-            f"target_modules: {key}: expected a layer that maps [M, K] to [M, N], got {type(base).__name__}, which maps "
-            f"{list(x.shape)} to {got}"
+            f"target_modules: {key}: expected a layer that maps [M, K] to [M, N], got {type(base).__name__}, which "
+            f"maps {list(x.shape)} to {got}"
         )
     return y
 

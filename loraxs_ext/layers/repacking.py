@@ -1,9 +1,9 @@
 """bitsandbytes' 4-bit weights on CPUs with AVX512-BF16, which it repacks at the first forward pass in eval mode.
 
 A repacked weight is several times faster for a few tokens, so it stays that way for inference. But it cannot be
-dequantised, passes no gradient on to x, and `state_dict` restores its scales in another order than they came in: a model
-that is saved after an evaluation computes something else from then on. So the layers of an adapted model go back to the
-original layout wherever that matters; the next forward pass in eval mode repacks them.
+dequantised, passes no gradient on to x, and `state_dict` restores its scales in another order than they came in: a
+model that is saved after an evaluation computes something else from then on. So the layers of an adapted model go back
+to the original layout wherever that matters; the next forward pass in eval mode repacks them.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ def is_repacked(base: Any) -> bool:
 def unpack(base: Any) -> None:
     """Put the weight of `base` back into its original layout.
 
-    Bit for bit where `guard_packed_weights` saw it before it was repacked. Else the scales are those of the repacked weight, rounded
-    to bf16: W as the layer computes with it, within 0.4 % of the W that was quantised.
+    Bit for bit where `guard_packed_weights` saw it before it was repacked. Else the scales are those of the repacked
+    weight, rounded to bf16: W as the layer computes with it, within 0.4 % of the W that was quantised.
     """
     from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
 

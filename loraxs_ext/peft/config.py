@@ -31,6 +31,8 @@ class LoraXSConfig(PeftConfig):
         loraxs_dropout: probability in [0, 1) of dropping entries of the input of the low-rank path.
         target_modules: names, a regular expression, or "all-linear"; None for the model's default.
         exclude_modules: names or a regular expression.
+        target_parameters: names, or ends of names, of parameters [N, K] or [E, N, K] that no layer of their own holds,
+            such as "experts.gate_up_proj"; [E, K, N] where the module says `is_transposed`.
         rank_pattern, alpha_pattern: r and alpha by module name or regular expression.
         bias: "none", "all" or "loraxs_only".
         modules_to_save: other modules to train and save completely.
@@ -69,6 +71,7 @@ class LoraXSConfig(PeftConfig):
     loraxs_dropout: float = 0.0
     target_modules: list[str] | set[str] | str | None = None
     exclude_modules: list[str] | set[str] | str | None = None
+    target_parameters: list[str] | None = None
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     bias: Literal["none", "all", "loraxs_only"] = "none"
@@ -131,6 +134,13 @@ class LoraXSConfig(PeftConfig):
             self.basis_check,
         )
         _expect(self.basis_tol > 0.0, "basis_tol", "a positive number", self.basis_tol)
+        if isinstance(self.target_parameters, str):
+            raise TypeError(f"target_parameters: expected a list of names, got {self.target_parameters!r}")
+        if self.target_parameters and self.loraxs_dropout > 0:
+            raise ValueError(
+                "loraxs_dropout: expected 0 with target_parameters, whose input is not seen, got "
+                f"{self.loraxs_dropout!r}"
+            )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern: expected layers_to_transform beside it, got None")
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:

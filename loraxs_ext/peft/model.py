@@ -13,7 +13,14 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
-from loraxs_ext.layers import LoraXSLayer, MergeLossWarning, guard_packed_weights, pass_gradients, share_projections
+from loraxs_ext.layers import (
+    LoraXSLayer,
+    MergeLossWarning,
+    ParamWrapper,
+    guard_packed_weights,
+    pass_gradients,
+    share_projections,
+)
 
 from .bases import AdapterBasis
 from .combine import combine
@@ -60,7 +67,15 @@ class LoraXSModel(BaseTuner):
 
     def _check_new_adapter_config(self, config: PeftConfig) -> None:
         super()._check_new_adapter_config(config)
-        recipe = cast(LoraXSConfig, config).recipe()
+        mine = cast(LoraXSConfig, config)
+        for name, other in cast(dict[str, LoraXSConfig], self.peft_config).items():
+            theirs = set(other.target_parameters or ())
+            if mine.target_parameters and theirs and set(mine.target_parameters) != theirs:
+                raise ValueError(
+                    f"target_parameters: expected those of adapter {name!r}, {sorted(theirs)}, because the names in a "
+                    f"checkpoint depend on them all, got {sorted(mine.target_parameters)}"
+                )
+        recipe = mine.recipe()
         for layer in _layers(self.model):
             for name, policy in layer.basis_policy.items():
                 if isinstance(policy, AdapterBasis) and policy.recipe != recipe:
@@ -94,18 +109,36 @@ class LoraXSModel(BaseTuner):
             "inference_mode": config.inference_mode,
         }
         layer: LoraXSLayer
-        if isinstance(target, LoraXSLayer):
+        wrapped = target.parameter_name if isinstance(target, ParamWrapper) else None
+        if isinstance(target, LoraXSLayer) and wrapped == parameter_name:
             layer = target
             layer.update_layer(adapter_name, **options)
         else:
             quantization = quantization_options(self.model)
-            kind = layer_class(target, current_key, quantization)
-            layer = kind(target, current_key, adapter_name, quantization, **options)
+            if parameter_name is None:
+                kind = layer_class(target, current_key, quantization)
+                layer = kind(target, current_key, adapter_name, quantization, **options)
+            else:
+                layer = ParamWrapper(target, current_key, adapter_name, parameter_name, **options)
             if adapter_name not in self.active_adapters:
                 layer.requires_grad_(False)
             # Not _replace_module: it would move R to the device of the weight, which is "meta" for an offloaded one.
             setattr(parent, target_name, layer)
         self._policy.layers.add(layer)
+
+    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
+        config = cast(LoraXSConfig, peft_config)
+        if config.target_modules is None and config.target_parameters:
+            if self.target_module_mapping.get(model_config["model_type"]) is None:
+                return config
+        return super()._prepare_adapter_config(config, model_config)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        if isinstance(child, LoraXSLayer):
+            # The base layer goes back to where it was; PEFT's version expects it to have a `weight`.
+            setattr(parent, child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -159,7 +192,7 @@ class LoraXSModel(BaseTuner):
         # adapter with a basis of its own belongs to the base it came from.
         saved = cast(LoraXSConfig, config)
         if not (saved.save_basis and saved.base_fingerprint):
-            layers = [layer for layer in _layers(model) if adapter_name in layer.loraxs_R]
+            layers = [site for m in _layers(model) if adapter_name in m.loraxs_R for site in m.sites]
             saved.base_fingerprint = combined_fingerprint(layers) or saved.base_fingerprint
         return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
 
@@ -171,9 +204,14 @@ class LoraXSModel(BaseTuner):
         # Before a single tensor is loaded; a self-contained file brings its own basis instead.
         layers = {n: m for n, m in model.named_modules() if isinstance(m, LoraXSLayer) and adapter_name in m.loraxs_R}
         if layers and not cast(LoraXSConfig, config).save_basis:
-            names = {m.key: f"{n}.loraxs_R.{adapter_name}.sketch" for n, m in layers.items()}
+            sketches: dict[str, Tensor] = {}
+            for name, layer in layers.items():
+                stored = remapped.get(f"{name}.loraxs_R.{adapter_name}.sketch")
+                if stored is not None:
+                    parts = (stored,) if layer.num_experts is None else stored
+                    sketches |= {site.key: part for site, part in zip(layer.sites, parts, strict=False)}
             policy = cast(AdapterBasis, next(iter(layers.values())).basis_policy[adapter_name])
-            policy.refuse_wrong_base({key: remapped[name] for key, name in names.items() if name in remapped})
+            policy.refuse_wrong_base(sketches)
         return remapped
 
 
