@@ -28,6 +28,7 @@ from .config import LoraXSConfig
 from .dispatch import layer_class, quantization_options
 from .mixed import mixed_batch
 from .register import PREFIX
+from .tying import share_core, tie_targets
 from .weights import combined_fingerprint
 
 _FROZEN_BUFFERS = ("loraxs_A", "loraxs_Bt", "loraxs_R")
@@ -124,6 +125,8 @@ class LoraXSModel(BaseTuner):
                 layer.requires_grad_(False)
             # Not _replace_module: it would move R to the device of the weight, which is "meta" for an offloaded one.
             setattr(parent, target_name, layer)
+        if current_key in config.target_modules_to_tie:
+            share_core(layer, self.model, adapter_name)
         self._policy.layers.add(layer)
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
@@ -132,6 +135,9 @@ class LoraXSModel(BaseTuner):
             if self.target_module_mapping.get(model_config["model_type"]) is None:
                 return config
         return super()._prepare_adapter_config(config, model_config)
+
+    def _add_targets_to_tie(self, peft_config: PeftConfig, tied_weight_keys: list[str]) -> None:
+        tie_targets(cast(LoraXSConfig, peft_config), self.model, tied_weight_keys)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         if isinstance(child, LoraXSLayer):
@@ -194,7 +200,12 @@ class LoraXSModel(BaseTuner):
         if not (saved.save_basis and saved.base_fingerprint):
             layers = [site for m in _layers(model) if adapter_name in m.loraxs_R for site in m.sites]
             saved.base_fingerprint = combined_fingerprint(layers) or saved.base_fingerprint
-        return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        kept = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        # PEFT goes on to take the whole weight of an embedding that is a target from `state_dict`, a copy of its own.
+        for name, module in model.named_modules():
+            if isinstance(module, LoraXSLayer):
+                state_dict.pop(f"{name}.base_layer.weight", None)
+        return kept
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
