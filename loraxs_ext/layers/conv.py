@@ -43,6 +43,10 @@ class LoraXSConv(LoraXSLinear):
         base: Any = self.get_base_layer()
         return matrix.reshape(base.weight.shape)
 
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """False: PEFT converts linear layers only."""
+        return False
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """y [B, N, …] for x [B, K, …], or either without B."""
         bare = self.is_bare()

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from .linear import LoraXSLinear, LowRankPath, add_path
@@ -52,19 +51,22 @@ class LoraXSEmbedding(LoraXSLinear):
             y.register_hook(lambda dy: dy / counts[inverse][..., None].to(dy.dtype))
         return y
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """See `LoraXSLinear.merge`.
+    def check_mergeable(self) -> None:
+        """Refuse an embedding with `max_norm`.
 
         Raises:
-            ValueError: the embedding has a `max_norm`, which would cut the merged rows.
+            ValueError: it would cut the merged rows.
         """
         base: Any = self.get_base_layer()
-        if base.max_norm is not None and check_adapters_to_merge(self, adapter_names):
+        if base.max_norm is not None:
             raise ValueError(
-                f"{self.key}: merge: expected an embedding without max_norm, which would cut the merged rows, got "
-                f"max_norm={base.max_norm}"
+                f"{self.key}: base_layer: expected an embedding without max_norm to merge into, because merged rows "
+                f"would be cut, got max_norm={base.max_norm}"
             )
-        super().merge(safe_merge, adapter_names)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """False: PEFT converts linear layers only."""
+        return False
 
     def _by_rows(self, x: Tensor, path: LowRankPath) -> tuple[Tensor, LowRankPath]:
         """B[x] [..., r], and the path that takes it for x of the path: (q Iᵀ) Rᵀᵀ (Aᵀ)ᵀ = q R A."""

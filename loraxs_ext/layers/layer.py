@@ -256,6 +256,9 @@ class LoraXSLayer(nn.Module, BaseTunerLayer):
         """The weight the base layer has at the moment, merged or not, dequantised but in its own layout."""
         return self.get_base_weight()
 
+    def check_mergeable(self) -> None:
+        """Raise if there is no weight that could take the adapters up. May be overridden."""
+
     def set_scale(self, adapter: str, scale: float) -> None:
         """Scaling of `adapter` = `scale` times its initial scaling; an adapter this layer lacks is ignored."""
         if adapter in self.scaling:

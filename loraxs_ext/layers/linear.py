@@ -142,6 +142,7 @@ class LoraXSLinear(LoraXSLayer):
         adapters = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.loraxs_R]
         if not adapters:
             return
+        self.check_mergeable()
         frozen = self.frozen_weight()
         deltas = (self._low_rank_weight(name).to(frozen.device) for name in [*self.merged_adapters, *adapters])
         delta = reduce(torch.add, deltas)

@@ -49,7 +49,7 @@ class LoraXSOpaque(LoraXSLinear):
         base = self.get_base_layer()
         return probe_weight(base, self.in_features, self.basis_dtype, self.get_base_layer_device(), self.key)
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+    def check_mergeable(self) -> None:
         """Refuse.
 
         Raises:

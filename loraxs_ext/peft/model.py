@@ -161,6 +161,12 @@ class LoraXSModel(BaseTuner):
         with _one_merge_warning():
             super().merge_adapter(adapter_names, safe_merge)
 
+    def _check_merge_allowed(self) -> None:
+        super()._check_merge_allowed()
+        # All of them before the first is merged.
+        for layer in _layers(self.model):
+            layer.check_mergeable()
+
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
         with _one_merge_warning():
             return super()._unload_and_optionally_merge(*args, **kwargs)

@@ -92,7 +92,7 @@ def test_max_norm_bounds_the_base_and_forbids_merging():
     y = layer(x)
     assert (layer.frozen_weight()[x].norm(dim=-1) < 1 + 1e-5).all()
     torch.testing.assert_close(y.double(), F.embedding(x, adapted(layer)), rtol=1e-5, atol=1e-5)
-    with pytest.raises(ValueError, match="merge: expected an embedding without max_norm"):
+    with pytest.raises(ValueError, match="expected an embedding without max_norm to merge into"):
         layer.merge()
 
 

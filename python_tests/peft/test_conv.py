@@ -91,6 +91,8 @@ def test_merge():
     opaque = make()
     with pytest.raises(TypeError, match="packed: base_layer: expected a weight to merge into, got Packed"):
         opaque.merge_and_unload()
+    # Nothing was merged before the refusal.
+    assert isinstance(opaque.base_model.model.mix, LoraXSConv) and not opaque.base_model.model.mix.merged
     assert type(make().unload().packed) is Packed
 
 

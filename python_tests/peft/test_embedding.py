@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -156,7 +156,5 @@ def test_position_embeddings_with_an_offset_are_refused():
 
     model = TIED.base()
     model.model.embed_positions = Offset(10, 32)
-    from peft import get_peft_model
-
     with pytest.raises(TypeError, match="model.embed_positions: expected torch.nn.Embedding, called with indices"):
         get_peft_model(model, TIED.config(target_modules=["embed_positions"]))
