@@ -45,17 +45,15 @@ def unpack(base: Any) -> None:
     """
     from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
 
-    packed = base.weight.quant_state
-    original = getattr(packed, _ORIGINAL, None)
-    # Scales are restored here; those that were quantised themselves would be so once more.
-    packed.original_nested = False
-    base.weight.data, state = _convert_weight_packed_for_cpu_inverse(base.weight.data, packed)
-    if original is None:
-        state.absmax = state.absmax.mT.reshape(-1).float()
+    state = base.weight.quant_state
+    # Scales are restored below; those that were quantised themselves would be so once more.
+    state.original_nested = False
+    # Changes the state in place, as is done below: the module holds on to the same object.
+    base.weight.data, _ = _convert_weight_packed_for_cpu_inverse(base.weight.data, state)
+    if hasattr(state, _ORIGINAL):
+        vars(state).update(vars(getattr(state, _ORIGINAL)))
     else:
-        state = copy.copy(original)
-        setattr(state, _ORIGINAL, original)
-    base.weight.quant_state = state
+        state.absmax = state.absmax.mT.reshape(-1).float()
 
 
 def _before_forward(base: Any, args: tuple[Any, ...]) -> None:

@@ -35,7 +35,7 @@ _FROZEN_BUFFERS = ("loraxs_A", "loraxs_Bt", "loraxs_R")
 
 
 class LoraXSModel(BaseTuner):
-    """Replaces the targeted linear layers of a model by `LoraXSLinear`; see `peft.tuners.BaseTuner` for the arguments.
+    """Puts LoRA-XS layers in the place of the targets; see `peft.tuners.BaseTuner` for the arguments.
 
     All bases of an adapter are computed after the injection in one batch, or taken from the cache on disk.
     """

@@ -7,9 +7,9 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 from loraxs_ext.layers.repacking import is_repacked, unpack
 
@@ -94,6 +94,26 @@ def test_mixed_batch_equals_each_row_alone(kind):
         torch.testing.assert_close(mixed[row], alone[row], rtol=1e-4, atol=1e-4)
     tokens = model.generate(**CASE.inputs(), adapter_names=names, max_new_tokens=3, do_sample=False)
     assert tokens.shape == (4, 9)
+
+
+@pytest.mark.parametrize("options", [{"load_in_8bit": True}, {"load_in_4bit": True}], ids=["int8", "fp4"])
+def test_model_quantised_by_transformers(options, tmp_path):
+    CASE.base().save_pretrained(tmp_path / "base")
+
+    def load() -> nn.Module:
+        quantization = BitsAndBytesConfig(**options)
+        return AutoModelForCausalLM.from_pretrained(
+            tmp_path / "base", quantization_config=quantization, device_map="cpu"
+        )
+
+    model = get_peft_model(prepare_model_for_kbit_training(load()), CASE.config()).eval()
+    logits(model, CASE.inputs())
+    train(model, CASE)
+    found = logits(model, CASE.inputs())
+    model.save_pretrained(tmp_path / "adapter")
+    assert torch.equal(logits(model, CASE.inputs()), found)
+    loaded = PeftModel.from_pretrained(load(), tmp_path / "adapter").eval()
+    torch.testing.assert_close(logits(loaded, CASE.inputs()), found, rtol=1e-4, atol=1e-4)
 
 
 def test_weighted_sum():
