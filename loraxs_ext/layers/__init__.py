@@ -1,10 +1,16 @@
 """Layers: where R lives, how a batch is routed to adapters, how adapters are merged. Knows nothing of where bases come
 from."""
 
+from .conv import LoraXSConv
 from .core import Core, CoreMatrix, initial_core
+from .embedding import LoraXSEmbedding
+from .experts import ParamWrapper
 from .layer import BasisPolicy, LoraXSLayer
 from .linear import LoraXSLinear
 from .merge import MergeLossWarning, delta_weight, rounding_loss
+from .opaque import LoraXSOpaque
+from .probing import pass_gradients
+from .repacking import guard_packed_weights
 from .routing import BASE, Route, build_route, routed
 from .stacked import SharedProjection, share_projections
 from .tiny import TinyCore, TinyOptions, group_of, tie
@@ -14,9 +20,13 @@ __all__ = [
     "BasisPolicy",
     "Core",
     "CoreMatrix",
+    "LoraXSConv",
+    "LoraXSEmbedding",
     "LoraXSLayer",
     "LoraXSLinear",
+    "LoraXSOpaque",
     "MergeLossWarning",
+    "ParamWrapper",
     "Route",
     "SharedProjection",
     "TinyCore",
@@ -24,7 +34,9 @@ __all__ = [
     "build_route",
     "delta_weight",
     "group_of",
+    "guard_packed_weights",
     "initial_core",
+    "pass_gradients",
     "rounding_loss",
     "routed",
     "share_projections",

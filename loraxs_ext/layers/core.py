@@ -24,24 +24,27 @@ class Core(nn.Module):
         rank: r.
         basis_shape: (K, N) to keep the basis with the adapter, None to keep its sketch only.
         dtype: of what is trained, and of a basis that is loaded.
+        stack: (E,) for a stack of E matrices R, each with a basis and a sketch of its own; () for one.
     """
 
     # What tells, in a state dict, that another adapter came in.
     identity: tuple[str, ...] = ("sketch", "a", "bt")
 
-    def __init__(self, rank: int, basis_shape: tuple[int, int] | None, dtype: torch.dtype) -> None:
+    def __init__(
+        self, rank: int, basis_shape: tuple[int, int] | None, dtype: torch.dtype, stack: tuple[int, ...] = ()
+    ) -> None:
         super().__init__()
         self.settled = False
         # NaN marks what was not recorded yet. `sketch` is a property, so it goes past register_buffer's name check.
-        self._buffers["sketch"] = torch.full((SKETCH_ROWS, rank), torch.nan)
+        self._buffers["sketch"] = torch.full((*stack, SKETCH_ROWS, rank), torch.nan)
         if basis_shape is not None:
-            self.register_buffer("a", torch.full((rank, basis_shape[0]), torch.nan, dtype=dtype))
-            self.register_buffer("bt", torch.full((rank, basis_shape[1]), torch.nan, dtype=dtype))
+            self.register_buffer("a", torch.full((*stack, rank, basis_shape[0]), torch.nan, dtype=dtype))
+            self.register_buffer("bt", torch.full((*stack, rank, basis_shape[1]), torch.nan, dtype=dtype))
 
     @property
     def rank(self) -> int:
         """r."""
-        return self.recorded_sketch.shape[1]
+        return self.recorded_sketch.shape[-1]
 
     def matrix(self) -> Tensor:
         """R [r, r], differentiable in what the adapter trains."""
@@ -117,15 +120,15 @@ class Core(nn.Module):
 
 
 class CoreMatrix(Core):
-    """The trainable R [r, r] of LoRA-XS, in a state dict `loraxs_R.<adapter>.weight`.
+    """The trainable R [r, r] of LoRA-XS, or a stack [E, r, r]; in a state dict `loraxs_R.<adapter>.weight`.
 
     Args:
-        weight: [r, r], initial value of R.
+        weight: [r, r] or [E, r, r], initial value of R.
         basis_shape: (K, N) to keep the basis with the adapter, None to keep its sketch only.
     """
 
     def __init__(self, weight: Tensor, basis_shape: tuple[int, int] | None = None) -> None:
-        super().__init__(weight.shape[0], basis_shape, weight.dtype)
+        super().__init__(weight.shape[-1], basis_shape, weight.dtype, tuple(weight.shape[:-2]))
         self.weight = nn.Parameter(weight)
 
     def matrix(self) -> Tensor:

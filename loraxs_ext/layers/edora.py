@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from loraxs_ext import ops
 
+from .path import add_path
+
 if TYPE_CHECKING:
     from .layer import LoraXSLayer
     from .linear import LoraXSLinear
@@ -149,5 +151,5 @@ def forward(layer: LoraXSLinear, x: Tensor, args: tuple, kwargs: dict[str, Any])
             z = layer.run(dropped, [path._replace(p_drop=0.0)], args, kwargs, with_bias=False, shared=False)
             y = y + ops.rescale(z, row_scale(layer, name))
     for path in others:
-        y = layer.add_path(y, x, path)
+        y = add_path(y, x, path)
     return y

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Protocol, cast
 
 import torch
@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .core import Core, CoreMatrix, InitWeights, initial_core
 from .edora import Magnitude, Norm, RowNorms
+from .repacking import is_repacked, unpack
 from .routing import Route
 from .stacked import SharedProjection
 from .tiny import TinyCore, TinyOptions, initial_vector
@@ -52,6 +53,13 @@ class LoraXSLayer(nn.Module, BaseTunerLayer):
         "loraxs_dropout",
         "basis_policy",
     )
+    # What the adapters adapt.
+    parameter_name: str = "weight"
+    # Whether the forward pass may take x Aᵀ from its siblings.
+    shares_projection: bool = True
+    # How many matrices W the parameter stacks; None for one, which is not stacked.
+    num_experts: int | None = None
+    takes_magnitude: bool = False
     base_layer: nn.Module
     loraxs_A: Tensor | None
     loraxs_Bt: Tensor | None
@@ -68,7 +76,7 @@ class LoraXSLayer(nn.Module, BaseTunerLayer):
         self.key = key
         base = self.get_base_layer()
         self.quantization_backend = resolve_quantization_backend(base, **quantization)
-        self.in_features, self.out_features = cast(tuple[int, int], _get_in_out_features(base))
+        self.in_features, self.out_features = self.matrix_features(base)
         self.fan_in_fan_out = isinstance(base, Conv1D)
         self.r: dict[str, int] = {}
         self.lora_alpha: dict[str, float] = {}
@@ -107,7 +115,23 @@ class LoraXSLayer(nn.Module, BaseTunerLayer):
         a, bt = self._buffers["loraxs_A"], self._buffers["loraxs_Bt"]
         if a is None or bt is None:
             raise RuntimeError(f"{self.key}: base_layer: expected weights to compute a basis from, got the meta device")
-        return (a, bt) if a.shape[0] == r else (a[:r], bt[:r])
+        return (a, bt) if a.shape[-2] == r else (a[..., :r, :], bt[..., :r, :])
+
+    @property
+    def sites(self) -> Sequence[LoraXSLayer]:
+        """What has one W, one basis and one R per adapter each: this layer, or its experts."""
+        return (self,)
+
+    @property
+    def module(self) -> nn.Module:
+        """The layer a site belongs to."""
+        return self
+
+    @property
+    def weight_id(self) -> Hashable:
+        """The same for sites that share one weight."""
+        base = self.get_base_layer()
+        return id(self.unmerged_weight[0] if self.unmerged_weight else getattr(base, self.parameter_name, base))
 
     def core(self, adapter: str) -> Core:
         """The module that makes R of `adapter`."""
@@ -145,6 +169,13 @@ class LoraXSLayer(nn.Module, BaseTunerLayer):
             inference_mode: leave R frozen.
             magnitude: train m too (EDoRA), with the norm "detached" or "differentiated"; None for no magnitude.
         """
+        if magnitude is not None and not self.takes_magnitude:
+            raise TypeError(
+                f"use_edora: {self.key}: expected a linear layer, got {type(self.get_base_layer()).__name__}; name it "
+                f"in exclude_modules"
+            )
+        if tiny is not None and self.num_experts is not None:
+            raise TypeError(f"use_tinylora: {self.key}: expected one matrix, got a stack of {self.num_experts}")
         rank = min(r, self.in_features, self.out_features)
         self.r[adapter] = rank
         self.lora_alpha[adapter] = lora_alpha
@@ -154,7 +185,11 @@ class LoraXSLayer(nn.Module, BaseTunerLayer):
         dtype = torch.float64 if self.basis_dtype == torch.float64 else torch.float32
         shape = (self.in_features, self.out_features) if keep_basis else None
         if tiny is None:
-            weight = initial_core(rank, init_weights, std=init_std, seed=init_seed, key=self.key, dtype=dtype)
+            cores = [
+                initial_core(rank, init_weights, std=init_std, seed=init_seed, key=site.key, dtype=dtype)
+                for site in self.sites
+            ]
+            weight = cores[0] if self.num_experts is None else torch.stack(cores)
             self.loraxs_R[adapter] = CoreMatrix(weight, shape)
         else:
             v = initial_vector(tiny, init_weights, seed=init_seed, key=self.key, dtype=dtype)
@@ -224,7 +259,7 @@ class LoraXSLayer(nn.Module, BaseTunerLayer):
     @property
     def basis_rank(self) -> int:
         """Rows of the basis; 0 before there is one."""
-        return 0 if self.loraxs_A is None else self.loraxs_A.shape[0]
+        return 0 if self.loraxs_A is None else self.loraxs_A.shape[-2]
 
     @property
     def basis_dtype(self) -> torch.dtype:
@@ -240,25 +275,35 @@ class LoraXSLayer(nn.Module, BaseTunerLayer):
             device = getattr(base._hf_hook, "execution_device", None) or device
         return torch.device("cpu") if device is None else torch.device(device)
 
-    def frozen_weight(self) -> Tensor:
-        """W [N, K] of the base layer without any adapter, dequantised.
+    def matrix_features(self, base: nn.Module) -> tuple[int, int]:
+        """K and N of the matrix that stands for the weight of `base`. May be overridden."""
+        return cast(tuple[int, int], _get_in_out_features(base))
 
-        Raises:
-            RuntimeError: a 4-bit weight was repacked and cannot be read any more.
-        """
+    def as_matrix(self, stored: Tensor) -> Tensor:
+        """W [N, K] of a weight in the layout of the base layer. May be overridden, with `as_stored`."""
+        return stored.mT if self.fan_in_fan_out else stored
+
+    def as_stored(self, matrix: Tensor) -> Tensor:
+        """A matrix [N, K] in the layout of the base layer."""
+        return matrix.mT if self.fan_in_fan_out else matrix
+
+    def frozen_weight(self) -> Tensor:
+        """W [N, K] of the base layer without any adapter, dequantised."""
         if self.quantization_backend is None:
-            weight = self.unmerged_weight[0].data if self.unmerged_weight else self.get_base_weight()
-            return weight.mT if self.fan_in_fan_out else weight
+            return self.as_matrix(self.unmerged_weight[0].data if self.unmerged_weight else self.stored_weight())
         base: Any = self.unmerged_base[0] if self.unmerged_base else self.base_layer
         while hasattr(base, "base_layer"):
             base = base.base_layer
-        quant_state = getattr(getattr(base, "weight", None), "quant_state", None)
-        if getattr(quant_state, "packing_format_for_cpu", False):
-            raise RuntimeError(
-                f"{self.key}: base_layer: expected a readable 4-bit weight, got one that bitsandbytes repacked for the "
-                f"CPU at its first forward pass in eval mode. Add and merge adapters before that."
-            )
+        if is_repacked(base):
+            unpack(base)
         return self.quantization_backend.get_base_weight(base)
+
+    def stored_weight(self) -> Tensor:
+        """The weight the base layer has at the moment, merged or not, dequantised but in its own layout."""
+        return self.get_base_weight()
+
+    def check_mergeable(self) -> None:
+        """Raise if there is no weight that could take the adapters up. May be overridden."""
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Scaling of `adapter` = `scale` times its initial scaling; an adapter this layer lacks is ignored."""

@@ -6,7 +6,7 @@ import copy
 import warnings
 from collections.abc import Iterable
 from functools import reduce
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
@@ -19,19 +19,10 @@ from loraxs_ext import ops
 from . import edora
 from .layer import LoraXSLayer
 from .merge import LOSS_WORTH_A_WARNING, MergeLossWarning, delta_weight, rounding_loss
+from .path import LowRankPath, add_path, draw_rng
+from .probing import straight_through
 from .routing import Route, pad
 from .stacked import SHARE_ON_CPU
-
-
-class LowRankPath(NamedTuple):
-    """Arguments of one op call: y += scale · (drop(x) aᵀ Rᵀ) bᵀ with R = pages[slot]."""
-
-    a: Tensor
-    b: Tensor
-    pages: Tensor
-    slots: Tensor | None = None
-    scale: float = 1.0
-    p_drop: float = 0.0
 
 
 class LoraXSLinear(LoraXSLayer):
@@ -46,6 +37,8 @@ class LoraXSLinear(LoraXSLayer):
         options: arguments of `update_layer`.
     """
 
+    takes_magnitude = True
+
     def __init__(
         self, base_layer: nn.Module, key: str, adapter: str, quantization: dict[str, Any], **options: Any
     ) -> None:
@@ -57,19 +50,12 @@ class LoraXSLinear(LoraXSLayer):
         """y [..., N] for x [..., K]; further arguments go to the base layer."""
         # Here and in what this calls, parts are taken from the dictionaries of nn.Module: its attribute look-up costs
         # about as much as the low-rank arithmetic of one token, and a decoder asks hundreds of layers for every token.
-        base: Any = self._modules["base_layer"]
-        if self._disable_adapters:
-            if self.merged_adapters:
-                self.unmerge()
-                base = self.base_layer
-            return base(x, *args, **kwargs)
-        if self.merged_adapters:
-            return base(x, *args, **kwargs)
+        if self.is_bare():
+            return self.base_layer(x, *args, **kwargs)
         magnitudes: Any = self._modules["loraxs_magnitude"]
         if magnitudes._modules:
             return edora.forward(self, x, args, kwargs)
-        paths = self.active_paths(self.active_adapters) if self.route is None else self.routed_path(x, self.route)
-        return self.run(x, paths, args, kwargs)
+        return self.run(x, self.paths(x), args, kwargs)
 
     def run(
         self,
@@ -103,22 +89,16 @@ class LoraXSLinear(LoraXSLayer):
             if p is not None:
                 y = ops.linear_projected(x, weight, bias, p, a, b, pages, slots, scale)
             else:
-                rng = _draw_rng(x) if p_drop else None
+                rng = draw_rng(x) if p_drop else None
                 y = ops.linear(x, weight, bias, a, b, pages, slots, scale, p_drop=p_drop, rng=rng)
         else:
-            y = base(x, *args, **kwargs)
+            y = straight_through(self.frozen_weight, x, base(x, *args, **kwargs))
             bias = None if with_bias else self.base_bias(y)
             if bias is not None:
                 y = y - bias
         for path in paths:
-            y = self.add_path(y, x, path)
+            y = add_path(y, x, path)
         return y
-
-    def add_path(self, y: Tensor, x: Tensor, path: LowRankPath) -> Tensor:
-        """y and a low-rank path of x, in the dtype of y."""
-        dtype = path.a.dtype
-        rng = _draw_rng(x) if path.p_drop else None
-        return ops.add_delta(y.to(dtype), x.to(dtype), *path[:5], p_drop=path.p_drop, rng=rng).to(y.dtype)
 
     def base_bias(self, y: Tensor) -> Tensor | None:
         """The bias [N] of the base layer in the dtype of y, or None."""
@@ -128,6 +108,16 @@ class LoraXSLinear(LoraXSLayer):
             # Offloaded: it is there while the layer is called only.
             bias = base(y.new_zeros(1, self.in_features))[0]
         return None if bias is None else bias.to(y.dtype)
+
+    def is_bare(self) -> bool:
+        """Whether the base layer is all there is to call: adapters are merged, or disabled (and unmerged here)."""
+        if self._disable_adapters and self.merged_adapters:
+            self.unmerge()
+        return self._disable_adapters or bool(self.merged_adapters)
+
+    def paths(self, x: Tensor) -> list[LowRankPath]:
+        """What is added to the output of the base layer for x [..., K]."""
+        return self.active_paths(self.active_adapters) if self.route is None else self.routed_path(x, self.route)
 
     def active_paths(self, active: Iterable[str]) -> list[LowRankPath]:
         """One path per dropout probability among the active adapters, hence nearly always one."""
@@ -163,8 +153,7 @@ class LoraXSLinear(LoraXSLayer):
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """ΔW = W' − W in the layout of the base weight, in fp32 (fp64 for an fp64 base)."""
-        delta = self._weight_delta(adapter)
-        return delta.mT if self.fan_in_fan_out else delta
+        return self.as_stored(self._weight_delta(adapter))
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -183,16 +172,16 @@ class LoraXSLinear(LoraXSLayer):
         adapters = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.loraxs_R]
         if not adapters:
             return
+        self.check_mergeable()
         frozen = self.frozen_weight()
         deltas = (self._weight_delta(name).to(frozen.device) for name in [*self.merged_adapters, *adapters])
         delta = reduce(torch.add, deltas)
         merged = (frozen.to(delta.dtype) + delta).to(frozen.dtype)
         if safe_merge and not torch.isfinite(merged).all():
             raise ValueError(f"NaNs detected in the merged weights. The adapter {adapters} seems to be broken")
-        self._replace_weight(merged.mT.contiguous() if self.fan_in_fan_out else merged)
+        self._replace_weight(self.as_stored(merged).contiguous())
         self.merged_adapters.extend(adapters)
-        stored = self.get_base_weight()
-        loss = rounding_loss(frozen, delta, stored.mT if self.fan_in_fan_out else stored)
+        loss = rounding_loss(frozen, delta, self.as_matrix(self.stored_weight()))
         if loss > LOSS_WORTH_A_WARNING:
             warnings.warn(MergeLossWarning(self.key, loss), stacklevel=2)
 
@@ -207,10 +196,10 @@ class LoraXSLinear(LoraXSLayer):
             device = self.get_base_layer_device()
             self.base_layer = self.unmerged_base.pop().to(device)
         else:
-            base: Any = self.get_base_layer()
-            weight = self.unmerged_weight.pop()
-            weight.data = weight.data.to(base.weight.device, base.weight.dtype)
-            base.weight = weight
+            base, name = self.get_base_layer(), self.parameter_name
+            merged, weight = getattr(base, name), self.unmerged_weight.pop()
+            weight.data = weight.data.to(merged.device, merged.dtype)
+            setattr(base, name, weight)
 
     def _weight_delta(self, adapter: str) -> Tensor:
         self.settle(adapter)
@@ -220,16 +209,22 @@ class LoraXSLinear(LoraXSLayer):
     def _replace_weight(self, merged: Tensor) -> None:
         """Store `merged` (in the layout of the base layer) and keep what it replaces."""
         if self.quantization_backend is None:
-            base: Any = self.get_base_layer()
+            base, name = self.get_base_layer(), self.parameter_name
+            weight = getattr(base, name)
             if not self.unmerged_weight:
-                self.unmerged_weight.append(base.weight)
-            base.weight = nn.Parameter(merged, requires_grad=base.weight.requires_grad)
+                self.unmerged_weight.append(weight)
+            setattr(base, name, nn.Parameter(merged, requires_grad=weight.requires_grad))
         else:
             # Quantised layers keep state beside the weight, each kind its own: set the whole layer aside.
+            before = self.base_layer
+            self.base_layer = copy.deepcopy(self.unmerged_base[0] if self.unmerged_base else before)
+            try:
+                self.set_base_weight(merged)
+            except Exception:
+                self.base_layer = before
+                raise
             if not self.unmerged_base:
-                self.unmerged_base.append(self.base_layer)
-            self.base_layer = copy.deepcopy(self.unmerged_base[0])
-            self.set_base_weight(merged)
+                self.unmerged_base.append(before)
 
     def extra_repr(self) -> str:
         """Ranks of the adapters and of the basis, and the quantisation backend where there is one."""
@@ -250,8 +245,3 @@ def _is_fusable(base: nn.Linear, x: Tensor, dtype: torch.dtype) -> bool:
     if weight.requires_grad and torch.is_grad_enabled():
         return False
     return weight.dtype == dtype and (x.dtype == dtype or torch.is_autocast_enabled(x.device.type))
-
-
-def _draw_rng(x: Tensor) -> Tensor:
-    """(seed, offset) of one dropout mask, from the generator of x's device: recomputation in checkpoints repeats it."""
-    return torch.randint(2**62, (2,), dtype=torch.int64, device=x.device)

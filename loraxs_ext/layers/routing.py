@@ -99,6 +99,6 @@ def routed(layers: Iterable[LoraXSLayer], names: Sequence[str]) -> Iterator[None
 
 
 def pad(core: Tensor, rank: int) -> Tensor:
-    """R [r, r] padded with zeros to [rank, rank]; exact, because bases are nested."""
-    missing = rank - core.shape[0]
+    """R [..., r, r] padded with zeros to [..., rank, rank]; exact, because bases are nested."""
+    missing = rank - core.shape[-1]
     return F.pad(core, (0, missing, 0, missing)) if missing else core

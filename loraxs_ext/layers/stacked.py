@@ -123,7 +123,7 @@ def share_projections(model: nn.Module) -> None:
     for parent in model.modules():
         groups: dict[int, list[LoraXSLayer]] = {}
         for child in parent.children():
-            if isinstance(child, LoraXSLayer):
+            if isinstance(child, LoraXSLayer) and child.shares_projection:
                 groups.setdefault(child.in_features, []).append(child)
         for layers in groups.values():
             group = SharedProjection(layers) if len(layers) > 1 else None

@@ -64,7 +64,7 @@ class AdapterBasis:
         """
         if layer is not None:
             self.layers.add(layer)
-        pending = sorted((m for m in self.layers if self._is_pending(m)), key=lambda m: m.key)
+        pending = sorted((m for m in self._sites() if self._is_pending(m)), key=lambda m: m.key)
         if not pending:
             return
         # The first forward pass may ask, under autocast (which would round) or in inference mode (whose tensors could
@@ -101,7 +101,7 @@ class AdapterBasis:
 
         Layers whose basis is still to come are not judged here, and nothing is warned of twice.
         """
-        known = [m for m in self.layers if m.key in sketches and m.basis_rank >= m.r.get(self.adapter, 1)]
+        known = [m for m in self._sites() if m.key in sketches and m.basis_rank >= m.r.get(self.adapter, 1)]
         known = [m for m in known if sketches[m.key].shape == self._core(m).recorded_sketch.shape]
         found = [Mismatch(m.key, measure(m, self.adapter, sketches[m.key])[1]) for m in known]
         if self.check != "error" or not any(is_foreign(m, self.tol) for m in found):
@@ -230,6 +230,9 @@ class AdapterBasis:
             a, bt = (part if part.dtype == torch.float64 else part.float() for part in (found.a, found.bt))
             factors[layer.key] = found._replace(a=a, bt=bt, fingerprint=layer.base_fingerprint)
         remember(sketches, factors, self.recipe)
+
+    def _sites(self) -> Iterator[LoraXSLayer]:
+        return (site for layer in self.layers for site in layer.sites)
 
     def _core(self, layer: LoraXSLayer) -> Core:
         return layer.core(self.adapter)

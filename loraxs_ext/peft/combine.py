@@ -70,12 +70,13 @@ def combine(
                     if name in layer.r:
                         layer.settle(name)
                         r = layer.r[name]
-                        total[:r, :r] += weight * layer.scaling[name] * layer.get_R(name).to(total)
+                        total[..., :r, :r] += weight * layer.scaling[name] * layer.get_R(name).to(total)
                 total.requires_grad_(False)
 
 
 def _union(targets: list[Any]) -> set[str] | str:
-    if all(isinstance(target, str) for target in targets):
+    targets = [target for target in targets if target is not None]
+    if targets and all(isinstance(target, str) for target in targets):
         return "|".join(f"({target})" for target in targets)
     if any(isinstance(target, str) for target in targets):
         raise ValueError("target_modules: expected only lists or only strings among the adapters, got both")

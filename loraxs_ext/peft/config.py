@@ -33,6 +33,10 @@ class LoraXSConfig(PeftConfig):
         loraxs_dropout: probability in [0, 1) of dropping entries of the input of the low-rank path.
         target_modules: names, a regular expression, or "all-linear"; None for the model's default.
         exclude_modules: names or a regular expression.
+        target_parameters: names, or ends of names, of parameters [N, K] or [E, N, K] that no layer of their own holds,
+            such as "experts.gate_up_proj"; [E, K, N] where the module says `is_transposed`.
+        ensure_weight_tying: adapt the input embedding and the layers that share its weight with one R, wherever one of
+            them is a target.
         rank_pattern, alpha_pattern: r and alpha by module name or regular expression.
         bias: "none", "all" or "loraxs_only".
         modules_to_save: other modules to train and save completely.
@@ -86,6 +90,8 @@ class LoraXSConfig(PeftConfig):
     loraxs_dropout: float = 0.0
     target_modules: list[str] | set[str] | str | None = None
     exclude_modules: list[str] | set[str] | str | None = None
+    target_parameters: list[str] | None = None
+    ensure_weight_tying: bool = False
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     bias: Literal["none", "all", "loraxs_only"] = "none"
@@ -130,6 +136,8 @@ class LoraXSConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PEFT_TYPE
+        # Found in the model when an adapter is added to it; of the instance, not of the file.
+        self.target_modules_to_tie: list[str] = []
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)
         if isinstance(self.exclude_modules, list):
@@ -170,6 +178,13 @@ class LoraXSConfig(PeftConfig):
             "'detached' or 'differentiated'",
             self.edora_norm,
         )
+        if isinstance(self.target_parameters, str):
+            raise TypeError(f"target_parameters: expected a list of names, got {self.target_parameters!r}")
+        if self.target_parameters and self.loraxs_dropout > 0:
+            raise ValueError(
+                "loraxs_dropout: expected 0 with target_parameters, whose input is not seen, got "
+                f"{self.loraxs_dropout!r}"
+            )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern: expected layers_to_transform beside it, got None")
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:

@@ -8,23 +8,19 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 from peft.config import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils import (
-    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
-    get_quantization_kwargs,
-    resolve_quantization_backend,
-)
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
-from transformers.pytorch_utils import Conv1D
 
 from loraxs_ext.layers import (
     LoraXSLayer,
-    LoraXSLinear,
     MergeLossWarning,
+    ParamWrapper,
     TinyCore,
     TinyOptions,
+    guard_packed_weights,
+    pass_gradients,
     share_projections,
     tie,
 )
@@ -32,15 +28,17 @@ from loraxs_ext.layers import (
 from .bases import AdapterBasis
 from .combine import combine
 from .config import LoraXSConfig
+from .dispatch import layer_class, quantization_options
 from .mixed import mixed_batch
 from .register import PREFIX
+from .tying import share_core, tie_targets
 from .weights import combined_fingerprint
 
 _FROZEN_BUFFERS = ("loraxs_A", "loraxs_Bt", "loraxs_R", "loraxs_norms")
 
 
 class LoraXSModel(BaseTuner):
-    """Replaces the targeted linear layers of a model by `LoraXSLinear`; see `peft.tuners.BaseTuner` for the arguments.
+    """Puts LoRA-XS layers in the place of the targets; see `peft.tuners.BaseTuner` for the arguments.
 
     All bases of an adapter are computed after the injection in one batch, or taken from the cache on disk.
     """
@@ -59,6 +57,8 @@ class LoraXSModel(BaseTuner):
             cores = [cast(TinyCore, layer.core(adapter_name)) for layer in self._policy.layers]
             tie(sorted(cores, key=lambda core: int(core.seed)), config.weight_tying)
         share_projections(model)
+        guard_packed_weights(model)
+        pass_gradients(model)
         if config.fan_in_fan_out and not all(layer.fan_in_fan_out for layer in self._policy.layers):
             warnings.warn(
                 "fan_in_fan_out: expected False for torch.nn.Linear layers, got True; the layout of each layer's own "
@@ -74,7 +74,15 @@ class LoraXSModel(BaseTuner):
 
     def _check_new_adapter_config(self, config: PeftConfig) -> None:
         super()._check_new_adapter_config(config)
-        recipe = cast(LoraXSConfig, config).recipe()
+        mine = cast(LoraXSConfig, config)
+        for name, other in cast(dict[str, LoraXSConfig], self.peft_config).items():
+            theirs = set(other.target_parameters or ())
+            if mine.target_parameters and theirs and set(mine.target_parameters) != theirs:
+                raise ValueError(
+                    f"target_parameters: expected those of adapter {name!r}, {sorted(theirs)}, because the names in a "
+                    f"checkpoint depend on them all, got {sorted(mine.target_parameters)}"
+                )
+        recipe = mine.recipe()
         for layer in _layers(self.model):
             for name, policy in layer.basis_policy.items():
                 if isinstance(policy, AdapterBasis) and policy.recipe != recipe:
@@ -110,17 +118,23 @@ class LoraXSModel(BaseTuner):
             "magnitude": config.edora_norm if config.use_edora else None,
         }
         layer: LoraXSLayer
-        if isinstance(target, LoraXSLayer):
+        wrapped = target.parameter_name if isinstance(target, ParamWrapper) else None
+        if isinstance(target, LoraXSLayer) and wrapped == parameter_name:
             layer = target
             layer.update_layer(adapter_name, **options)
         else:
-            quantization = get_quantization_kwargs(self.model)
-            _check_supported(target, current_key, quantization)
-            layer = LoraXSLinear(target, current_key, adapter_name, quantization, **options)
+            quantization = quantization_options(self.model)
+            if parameter_name is None:
+                kind = layer_class(target, current_key, quantization)
+                layer = kind(target, current_key, adapter_name, quantization, **options)
+            else:
+                layer = ParamWrapper(target, current_key, adapter_name, parameter_name, **options)
             if adapter_name not in self.active_adapters:
                 layer.requires_grad_(False)
             # Not _replace_module: it would move R to the device of the weight, which is "meta" for an offloaded one.
             setattr(parent, target_name, layer)
+        if current_key in config.target_modules_to_tie:
+            share_core(layer, self.model, adapter_name)
         self._policy.layers.add(layer)
 
     def _tiny_options(self, config: LoraXSConfig) -> TinyOptions | None:
@@ -129,6 +143,16 @@ class LoraXSModel(BaseTuner):
             return None
         seed = config.projection_seed + len(self._policy.layers)
         return TinyOptions(config.u, seed, config.init_v_bound, config.save_projection)
+
+    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
+        config = cast(LoraXSConfig, peft_config)
+        if config.target_modules is None and config.target_parameters:
+            if self.target_module_mapping.get(model_config["model_type"]) is None:
+                return config
+        return super()._prepare_adapter_config(config, model_config)
+
+    def _add_targets_to_tie(self, peft_config: PeftConfig, tied_weight_keys: list[str]) -> None:
+        tie_targets(cast(LoraXSConfig, peft_config), self.model, tied_weight_keys)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -149,6 +173,12 @@ class LoraXSModel(BaseTuner):
         """Merge into the base weights, keeping them; see `LoraXSLinear.merge`."""
         with _one_merge_warning():
             super().merge_adapter(adapter_names, safe_merge)
+
+    def _check_merge_allowed(self) -> None:
+        super()._check_merge_allowed()
+        # All of them before the first is merged.
+        for layer in _layers(self.model):
+            layer.check_mergeable()
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
         with _one_merge_warning():
@@ -187,9 +217,14 @@ class LoraXSModel(BaseTuner):
         # adapter with a basis of its own belongs to the base it came from.
         saved = cast(LoraXSConfig, config)
         if not (saved.save_basis and saved.base_fingerprint):
-            layers = [layer for layer in _layers(model) if adapter_name in layer.loraxs_R]
+            layers = [site for m in _layers(model) if adapter_name in m.loraxs_R for site in m.sites]
             saved.base_fingerprint = combined_fingerprint(layers) or saved.base_fingerprint
-        return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        kept = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        # PEFT goes on to take the whole weight of an embedding that is a target from `state_dict`, a copy of its own.
+        for name, module in model.named_modules():
+            if isinstance(module, LoraXSLayer):
+                state_dict.pop(f"{name}.base_layer.weight", None)
+        return kept
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -199,9 +234,14 @@ class LoraXSModel(BaseTuner):
         # Before a single tensor is loaded; a self-contained file brings its own basis instead.
         layers = {n: m for n, m in model.named_modules() if isinstance(m, LoraXSLayer) and adapter_name in m.loraxs_R}
         if layers and not cast(LoraXSConfig, config).save_basis:
-            names = {m.key: f"{n}.loraxs_R.{adapter_name}.sketch" for n, m in layers.items()}
+            sketches: dict[str, Tensor] = {}
+            for name, layer in layers.items():
+                stored = remapped.get(f"{name}.loraxs_R.{adapter_name}.sketch")
+                if stored is not None:
+                    parts = (stored,) if layer.num_experts is None else stored
+                    sketches |= {site.key: part for site, part in zip(layer.sites, parts, strict=False)}
             policy = cast(AdapterBasis, next(iter(layers.values())).basis_policy[adapter_name])
-            policy.refuse_wrong_base({key: remapped[name] for key, name in names.items() if name in remapped})
+            policy.refuse_wrong_base(sketches)
         return remapped
 
 
@@ -211,21 +251,6 @@ def _layers(model: nn.Module) -> list[LoraXSLayer]:
 
 def _frozen_buffer_names(model: nn.Module) -> list[str]:
     return [name for name, _ in model.named_buffers() if any(part in name for part in _FROZEN_BUFFERS)]
-
-
-def _check_supported(target: nn.Module, key: str, quantization: dict[str, Any]) -> None:
-    base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-    if isinstance(base, NonDynamicallyQuantizableLinear):
-        raise TypeError(
-            f"target_modules: {key}: expected a layer that is called, got the output projection of "
-            f"torch.nn.MultiheadAttention, which reads its weight only; name it in exclude_modules"
-        )
-    backend = resolve_quantization_backend(base, **quantization)
-    if not (isinstance(base, (nn.Linear, Conv1D)) or (backend is not None and backend.layer_type == "linear")):
-        raise TypeError(
-            f"target_modules: {key}: expected torch.nn.Linear, transformers' Conv1D or a quantised linear layer, got "
-            f"{type(base).__name__}"
-        )
 
 
 @contextmanager

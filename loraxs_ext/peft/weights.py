@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from functools import partial
 
 from peft.tuners.tuners_utils import onload_layer
@@ -26,10 +26,10 @@ def compute_bases(layers: Sequence[LoraXSLayer], ranks: Mapping[str, int], recip
     Returns:
         By layer key, the factors of the bases that are new, before they are rounded to the dtype of the layer.
     """
-    by_weight: dict[int, list[LoraXSLayer]] = {}
+    by_weight: dict[Hashable, list[LoraXSLayer]] = {}
     for layer in layers:
         if layer.basis_rank < ranks[layer.key]:
-            by_weight.setdefault(_weight_id(layer), []).append(layer)
+            by_weight.setdefault(layer.weight_id, []).append(layer)
     new: dict[str, tuple[LoraXSLayer, list[LoraXSLayer], int]] = {}
     grown: dict[str, tuple[LoraXSLayer, list[LoraXSLayer], int]] = {}
     for group in by_weight.values():
@@ -84,14 +84,9 @@ def combined_fingerprint(layers: Iterable[LoraXSLayer]) -> str | None:
     return hashlib.blake2b(repr(parts).encode(), digest_size=8).hexdigest() if parts else None
 
 
-def _weight_id(layer: LoraXSLayer) -> int:
-    base = layer.get_base_layer()
-    return id(layer.unmerged_weight[0] if layer.unmerged_weight else getattr(base, "weight", base))
-
-
 def load_weight(layer: LoraXSLayer) -> Tensor:
     """W [N, K] from wherever offloading or sharding keeps it; collective for a weight that is sharded."""
-    with onload_layer(layer), gather_params_ctx(list(layer.get_base_layer().parameters())):
+    with onload_layer(layer.module), gather_params_ctx(list(layer.get_base_layer().parameters())):
         weight = layer.frozen_weight().detach()
     if is_sharded(weight):
         weight = gather(weight)

@@ -28,13 +28,19 @@ class ExactPolicy:
         layer.settle_magnitudes(layer.frozen_weight)
 
 
-def make_layer(base: nn.Module | None = None, adapter: str = "default", r: int = 4, **options) -> LoraXSLinear:
+def make_layer(
+    base: nn.Module | None = None,
+    adapter: str = "default",
+    r: int = 4,
+    layer_class: type[LoraXSLinear] = LoraXSLinear,
+    **options,
+) -> LoraXSLinear:
     """A layer over `base` (a frozen nn.Linear of shape [N, K] if None) whose R clearly changes the output."""
     torch.manual_seed(0)
     base = nn.Linear(K, N) if base is None else base
     base.requires_grad_(False)
     options = {"r": r, "lora_alpha": 8.0, "init_weights": False, **options}
-    layer = LoraXSLinear(base, f"model.{adapter}", adapter, {}, policy=ExactPolicy(adapter), **options)
+    layer = layer_class(base, f"model.{adapter}", adapter, {}, policy=ExactPolicy(adapter), **options)
     layer.settle(adapter)
     return layer
 

@@ -80,7 +80,25 @@ def test_merged_layer_still_knows_its_frozen_weight(layer):
     assert not torch.equal(layer.get_base_weight(), weight)
 
 
-def test_repacked_4bit_weights_are_refused(layer):
-    layer.base_layer.weight.quant_state = type("State", (), {"packing_format_for_cpu": True})()
-    with pytest.raises(RuntimeError, match="model.default: base_layer: expected a readable 4-bit weight"):
+def test_failed_requantisation_leaves_the_layer_as_it_was(layer, monkeypatch):
+    x = torch.randn(5, K)
+    before, base = layer(x), layer.base_layer
+
+    def refuse(self, peft_layer, weight):
+        raise TypeError("no")
+
+    monkeypatch.setattr(Int8Backend, "set_base_weight", refuse)
+    with pytest.raises(TypeError, match="no"):
         layer.merge()
+    assert layer.base_layer is base and not layer.merged and not layer.unmerged_base
+    assert torch.equal(layer(x), before)
+
+
+def test_base_layers_without_autograd_pass_the_gradient_of_their_weight(layer):
+    x, dy = torch.randn(5, K, requires_grad=True), torch.randn(5, N)
+    expected = torch.autograd.grad(layer(x), [x, layer.loraxs_R["default"].weight], dy)
+    forward = layer.base_layer.forward
+    layer.base_layer.forward = torch.no_grad()(forward)
+    found = torch.autograd.grad(layer(x), [x, layer.loraxs_R["default"].weight], dy)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)

@@ -208,8 +208,9 @@ def test_a_lora_model_can_be_adapted_on_top(llama: Case):
 
 
 def test_modules_that_cannot_be_adapted_are_named(llama: Case):
-    with pytest.raises(TypeError, match="model.embed_tokens: expected torch.nn.Linear, .* got Embedding"):
-        llama.model(target_modules=["embed_tokens"])
+    message = r"layers.0.input_layernorm: expected a linear layer, or a linear module .* got LlamaRMSNorm"
+    with pytest.raises(TypeError, match=message):
+        llama.model(target_modules=["input_layernorm"])
 
 
 def test_attention_that_bypasses_its_projection_is_refused():
