@@ -1,4 +1,4 @@
-"""loraxs::rescale: one pass over tiles of z; its backward sums dy ∘ z by slots in chunks, as `linear_backward` sums R's.
+"""loraxs::rescale: one pass over tiles of z; its backward sums dy ∘ z in chunks, as `linear_backward` sums dpages.
 
 Both read and write each number once: memory is all that limits them. With slots, the rows of a chunk lie anywhere, and
 dz is a pass of its own, which also passes on the base rows.
