@@ -292,10 +292,10 @@ class LoraXSLayer(nn.Module, BaseTunerLayer):
                 self.loraxs_magnitude[adapter_name].to(target)
 
     def _apply(self, fn: Any, recurse: bool = True) -> LoraXSLayer:
+        before = self.basis_dtype
         super()._apply(fn, recurse)
-        wanted = torch.float64 if self.basis_dtype == torch.float64 else torch.float32
-        if any(buffer.dtype != wanted or buffer.is_meta for buffer in self.loraxs_norms.buffers()):
-            # They were rounded, or belong to weights that were: measured again when next needed.
+        if self.basis_dtype != before or any(kept.is_meta for kept in self.loraxs_norms.buffers()):
+            # They belong to the weights as they were: measured again when next needed.
             self.loraxs_norms.clear()
         return self
 
