@@ -44,6 +44,9 @@ def run(owner: str, shape: Sequence[int], dtype: torch.dtype, device: str) -> No
     attempt(owner, "linear_projected", t["x"], weight, None, p, *low_rank, 0.5)
     rho, m = torch.rand(len(b), device=device), torch.ones(shape[-1], len(b), device=device)
     attempt(owner, "row_scale", rho, b, t["pages"], None, m, 0.5)
+    for slots in (None, t["slots"]):
+        attempt(owner, "rescale", t["dy"], m, slots, t["dy"][0])
+        attempt(owner, "rescale_backward", t["dy"], t["dy"], m, slots, True)
 
 
 def attempt(owner: str, op: str, *arguments: Any) -> None:

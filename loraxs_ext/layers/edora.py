@@ -55,23 +55,26 @@ class Magnitude(nn.Module):
 
 
 class RowNorms(nn.Module):
-    """What ‖w_i + s·b_i R a‖ needs of W, for one layer and all its adapters; never saved, never trained.
-
-    With a = L Qᵀ, QᵀQ = 1: c = W Q, root = L and ρ_i = ‖w_i − c_i Qᵀ‖². L is lower triangular, so its leading block
-    belongs to the leading rows of a, and the columns that a smaller rank leaves out go back into ρ.
+    """What ‖w_i + s·b_i R a‖ needs of W, for one layer and all adapters of one rank; never saved, never trained.
 
     Args:
-        weight: W [N, K].
-        a: [r, K], of any basis; it need not be converged.
-        dtype: of what is kept: fp32, or fp64 for an fp64 base. It is computed in fp64.
+        rho: [N], ρ_i = ‖w_i − c_i Qᵀ‖², where a = L Qᵀ with QᵀQ = 1.
+        c: [N, r], c = W Q.
+        root: [r, r], L.
     """
 
     rho: Tensor
     c: Tensor
     root: Tensor
 
-    def __init__(self, weight: Tensor, a: Tensor, dtype: torch.dtype) -> None:
+    def __init__(self, rho: Tensor, c: Tensor, root: Tensor) -> None:
         super().__init__()
+        for name, tensor in (("rho", rho), ("c", c), ("root", root)):
+            self.register_buffer(name, tensor.contiguous(), persistent=False)
+
+    @classmethod
+    def measure(cls, weight: Tensor, a: Tensor, dtype: torch.dtype) -> RowNorms:
+        """Of W [N, K] on any basis a [r, K], converged or not: computed in fp64, kept in `dtype`."""
         q, upper = torch.linalg.qr(a.double().mT)
         parts = []
         for rows in weight.split(_ROWS):
@@ -79,40 +82,44 @@ class RowNorms(nn.Module):
             c = wide @ q
             parts.append(((wide - c @ q.mT).square().sum(1).to(dtype), c.to(dtype)))
         rho, c = (torch.cat(part) for part in zip(*parts, strict=True))
-        self.register_buffer("rho", rho, persistent=False)
-        self.register_buffer("c", c, persistent=False)
-        self.register_buffer("root", upper.mT.to(dtype).contiguous(), persistent=False)
+        return cls(rho, c, upper.mT.to(dtype))
 
-    def cut(self, r: int) -> tuple[Tensor, Tensor, Tensor]:
-        """rho [N], c [N, r] and root [r, r] of the first r rows of the basis."""
-        buffers: Any = self._buffers
-        rho, c, root = buffers["rho"], buffers["c"], buffers["root"]
-        if root.shape[0] == r:
-            return rho, c, root
-        return rho + c[:, r:].square().sum(1), c[:, :r], root[:r, :r]
+    def cut(self, r: int) -> RowNorms:
+        """Of the first r rows of the basis: L is lower triangular, so what they leave out goes back into ρ exactly."""
+        return RowNorms(self.rho + self.c[:, r:].square().sum(1), self.c[:, :r], self.root[:r, :r])
 
     def lengths(self) -> Tensor:
         """‖w_i‖ [N]."""
         return (self.rho + self.c.square().sum(1)).sqrt()
 
 
-def row_scale(layer: LoraXSLayer, adapter: str) -> Tensor:
-    """g [1, N] of `adapter`, differentiable in its m and, where its norm is differentiated, in R."""
+def row_scale(layer: LoraXSLayer, adapter: str, b: Tensor, pages: Tensor) -> Tensor:
+    """g [1, N] of `adapter`, differentiable in its m and, where its norm is differentiated, in R = pages[0].
+
+    Args:
+        b: [N, r], of its basis.
+        pages: [1, r, r].
+    """
     modules: Any = layer._modules
     magnitude = modules["loraxs_magnitude"]._modules[adapter]
-    if modules["loraxs_norms"] is None:
+    norms = modules["loraxs_norms"]._modules.get(str(layer.r[adapter]))
+    if norms is None:
         layer.settle(adapter)
-    rho, c, root = modules["loraxs_norms"].cut(layer.r[adapter])
-    _, b = layer.get_basis(adapter)
+        norms = modules["loraxs_norms"]._modules[str(layer.r[adapter])]
+    kept = norms._buffers
     return ops.row_scale(
-        rho, b, layer.get_R(adapter).unsqueeze(0), None, magnitude._parameters["weight"].unsqueeze(0),
-        layer.scaling[adapter], c=c, root=root, through_norm=magnitude.through_norm,
+        kept["rho"], b, pages, None, magnitude._parameters["weight"].unsqueeze(0), layer.scaling[adapter],
+        c=kept["c"], root=kept["root"], through_norm=magnitude.through_norm,
     )  # fmt: skip
+
+
+def _row_scale_of(layer: LoraXSLayer, adapter: str) -> Tensor:
+    return row_scale(layer, adapter, layer.get_basis(adapter)[1], layer.get_R(adapter).unsqueeze(0))
 
 
 def route_scales(layer: LoraXSLayer, adapters: list[str]) -> Tensor | None:
     """g [S, N] of these adapters, 1 for one without a magnitude; None if none has one."""
-    scaled = {name: row_scale(layer, name) for name in adapters if name in layer.loraxs_magnitude}
+    scaled = {name: _row_scale_of(layer, name) for name in adapters if name in layer.loraxs_magnitude}
     if not scaled:
         return None
     one = torch.ones_like(next(iter(scaled.values())))
@@ -122,7 +129,7 @@ def route_scales(layer: LoraXSLayer, adapters: list[str]) -> Tensor | None:
 def scaled_weight_delta(layer: LoraXSLayer, adapter: str, delta: Tensor) -> Tensor:
     """W' − W [N, K] for delta = s·B R A [N, K], in its dtype."""
     weight = layer.frozen_weight().to(delta)
-    return row_scale(layer, adapter).to(delta).mT * (weight + delta) - weight
+    return _row_scale_of(layer, adapter).to(delta).mT * (weight + delta) - weight
 
 
 def forward(layer: LoraXSLinear, x: Tensor, args: tuple, kwargs: dict[str, Any]) -> Tensor:
@@ -143,13 +150,13 @@ def forward(layer: LoraXSLinear, x: Tensor, args: tuple, kwargs: dict[str, Any])
     name, path = scaled[0]
     if len(scaled) == 1 and not path.p_drop:
         z = layer.run(x, [path], args, kwargs, with_bias=False)
-        y = ops.rescale(z, row_scale(layer, name), None, layer.base_bias(z))
+        y = ops.rescale(z, row_scale(layer, name, path.b, path.pages), None, layer.base_bias(z))
     else:
         inputs = [F.dropout(x, path.p_drop) if path.p_drop else x for _, path in scaled]
         y = layer.run(x - sum(inputs), [], args, kwargs)
         for (name, path), dropped in zip(scaled, inputs, strict=True):
             z = layer.run(dropped, [path._replace(p_drop=0.0)], args, kwargs, with_bias=False, shared=False)
-            y = y + ops.rescale(z, row_scale(layer, name))
+            y = y + ops.rescale(z, row_scale(layer, name, path.b, path.pages))
     for path in others:
         y = add_path(y, x, path)
     return y

@@ -63,7 +63,6 @@ class LoraXSLayer(nn.Module, BaseTunerLayer):
     base_layer: nn.Module
     loraxs_A: Tensor | None
     loraxs_Bt: Tensor | None
-    loraxs_norms: RowNorms | None
     in_features: int
     out_features: int
     route: Route | None = None
@@ -86,7 +85,7 @@ class LoraXSLayer(nn.Module, BaseTunerLayer):
         self.loraxs_dropout = nn.ModuleDict({})
         self.loraxs_R = nn.ModuleDict({})
         self.loraxs_magnitude = nn.ModuleDict({})
-        self.loraxs_norms = None
+        self.loraxs_norms = nn.ModuleDict({})
         self.register_buffer("loraxs_A", None, persistent=False)
         self.register_buffer("loraxs_Bt", None, persistent=False)
         self._disable_adapters = False
@@ -205,7 +204,7 @@ class LoraXSLayer(nn.Module, BaseTunerLayer):
         if not self.loraxs_R:
             self.loraxs_A = self.loraxs_Bt = None
         if not self.loraxs_magnitude:
-            self.loraxs_norms = None
+            self.loraxs_norms.clear()
 
     def settle(self, adapter: str) -> None:
         """Make sure that R of `adapter` stands on the basis it was trained on; free once that is known."""
@@ -214,7 +213,8 @@ class LoraXSLayer(nn.Module, BaseTunerLayer):
 
     def is_settled(self, adapter: str) -> bool:
         """Whether `adapter` stands on a basis it was compared with, and its norms are known if it needs them."""
-        return self.core(adapter).settled and not (adapter in self.loraxs_magnitude and self.loraxs_norms is None)
+        lacks_norms = adapter in self.loraxs_magnitude and str(self.r[adapter]) not in self.loraxs_norms
+        return self.core(adapter).settled and not lacks_norms
 
     def settle_magnitudes(self, weight: Callable[[], Tensor]) -> None:
         """Make the norms that adapters with a magnitude need, where they are missing, and begin every new m with them.
@@ -222,13 +222,19 @@ class LoraXSLayer(nn.Module, BaseTunerLayer):
         Args:
             weight: gives W [N, K].
         """
-        if not self.loraxs_magnitude or self.loraxs_A is None:
-            return
-        if self.loraxs_norms is None:
-            dtype = torch.float64 if self.basis_dtype == torch.float64 else torch.float32
-            self.loraxs_norms = RowNorms(weight().to(self.loraxs_A.device), self.loraxs_A, dtype)
-        for magnitude in self.loraxs_magnitude.values():
-            cast(Magnitude, magnitude).start(self.loraxs_norms.lengths())
+        ranks = {name: self.r[name] for name in self.loraxs_magnitude if self.r[name] <= self.basis_rank}
+        norms = {int(r): cast(RowNorms, module) for r, module in self.loraxs_norms.items()}
+        for r in sorted({*ranks.values()} - norms.keys(), reverse=True):
+            wider = max(norms, default=0)
+            if wider < r:
+                dtype = torch.float64 if self.basis_dtype == torch.float64 else torch.float32
+                a, _ = self.basis_rows(r)
+                norms[r] = RowNorms.measure(weight().to(a.device), a, dtype)
+            else:
+                norms[r] = norms[wider].cut(r)
+            self.loraxs_norms[str(r)] = norms[r]
+        for name, r in ranks.items():
+            cast(Magnitude, self.loraxs_magnitude[name]).start(norms[r].lengths())
 
     def train(self, mode: bool = True) -> LoraXSLayer:
         """Also settles what was loaded: the last eager moment before a compiled forward pass."""
@@ -248,13 +254,13 @@ class LoraXSLayer(nn.Module, BaseTunerLayer):
         device, dtype = self.get_base_layer_device(), self.basis_dtype
         self.loraxs_A = a.detach().to(device, dtype).contiguous()
         self.loraxs_Bt = bt.detach().to(device, dtype).contiguous()
-        self.loraxs_norms = None
+        self.loraxs_norms.clear()
 
     def share_basis(self, other: LoraXSLayer) -> None:
         """Take the basis of `other`, a layer over the same weight, without a copy."""
         if other is not self:
             self.loraxs_A, self.loraxs_Bt = other.loraxs_A, other.loraxs_Bt
-            self.loraxs_norms = None
+            self.loraxs_norms.clear()
 
     @property
     def basis_rank(self) -> int:
@@ -338,12 +344,11 @@ class LoraXSLayer(nn.Module, BaseTunerLayer):
                 self.loraxs_magnitude[adapter_name].to(target)
 
     def _apply(self, fn: Any, recurse: bool = True) -> LoraXSLayer:
+        before = self.basis_dtype
         super()._apply(fn, recurse)
-        kept, dtype = self.loraxs_norms, self.basis_dtype
-        wanted = torch.float64 if dtype == torch.float64 else torch.float32
-        if kept is not None and (kept.rho.dtype != wanted or kept.rho.is_meta):
-            # They were rounded, or belong to weights that were: measured again when next needed.
-            self.loraxs_norms = None
+        if self.basis_dtype != before or any(kept.is_meta for kept in self.loraxs_norms.buffers()):
+            # They belong to the weights as they were: measured again when next needed.
+            self.loraxs_norms.clear()
         return self
 
 

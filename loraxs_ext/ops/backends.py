@@ -43,6 +43,8 @@ TRITON_OPS = {
     "add_delta_": "add_delta",
     "project": "project",
     "row_scale": "row_scale",
+    "rescale": "rescale",
+    "rescale_backward": "rescale",
     "orthonormalize": "orthonormalize",
 }
 # Ampere and later: what the kernels are compiled and budgeted for. bf16 has no tensor cores before.
@@ -244,5 +246,5 @@ def _cuda_owner(op: str) -> str:
     if old and len(old) == len(devices):
         return f"plain torch, as Triton's kernels need compute capability {_version(TRITON_CAPABILITY)}"
     few = "CUDA for few tokens, " if op == "linear" and _decodes_in_cuda() else ""
-    tall = [] if op == "project" else [f"r > {TRITON_MAX_RANK}"]
+    tall = [] if op in ("project", "rescale", "rescale_backward") else [f"r > {TRITON_MAX_RANK}"]
     return few + "Triton, plain torch for " + ", ".join([*old, "fp64", *tall])

@@ -170,7 +170,7 @@ def _draw(model: nn.Module, adapter: str, reconstruction: Reconstruction, std: f
         # Made as the reference makes it: its constructor takes r² numbers from the generator, too.
         drawn = nn.Linear(rank, rank, bias=False)
         nn.init.normal_(drawn.weight, std=std)
-        layer.core(adapter).weight.copy_(drawn.weight)
+        layer.core(adapter).place(drawn.weight)
 
 
 def _randomized(a: Tensor, bt: Tensor, reconstruction: Reconstruction) -> tuple[Tensor, Tensor]:

@@ -51,7 +51,27 @@ def check_add_delta(target: Target, problem: Problem) -> None:
         assert torch.equal(y[base], problem.dy[base])
 
 
-CHECKS = {"linear": check_forward, "linear_backward": check_backward, "add_delta_": check_add_delta}
+def check_rescale(target: Target, problem: Problem) -> None:
+    # The magnitudes of as many slots, in the dtype of the activations; the bias is not scaled.
+    g = problem.b[:, 0].expand(problem.pages.shape[0], -1).contiguous()
+    args = (problem.dy, g, problem.slots, problem.bias)
+    wide = tuple(t.double() if t is not None and t.is_floating_point() else t for t in args)
+    poison_allocator(target.device)
+    y = target.op("rescale")(*args)
+    assert_within_twice(y, reference.rescale(*args), reference.rescale(*wide), "y")
+    got = target.op("rescale_backward")(problem.dy, problem.dy, g, problem.slots, True)
+    plain = reference.rescale_backward(problem.dy, problem.dy, g, problem.slots, True)
+    exact = reference.rescale_backward(wide[0], wide[0], wide[1], problem.slots, True)
+    for name, *three in zip(("dz", "dg"), got, plain, exact, strict=True):
+        assert_within_twice(*three, name)
+
+
+CHECKS = {
+    "linear": check_forward,
+    "linear_backward": check_backward,
+    "add_delta_": check_add_delta,
+    "rescale": check_rescale,
+}
 every_op = pytest.mark.parametrize("op", CHECKS)
 
 

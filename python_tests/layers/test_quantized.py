@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from loraxs_ext.layers import layer as layer_module
 
-from .helpers import K, N, expected_output, make_layer
+from .helpers import K, N, base_weight, dense_delta, expected_output, make_layer
 
 
 class Int8Linear(nn.Linear):
@@ -102,3 +102,17 @@ def test_base_layers_without_autograd_pass_the_gradient_of_their_weight(layer):
     found = torch.autograd.grad(layer(x), [x, layer.loraxs_R["default"].weight], dy)
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_edora_has_the_norms_of_the_dequantised_weight(monkeypatch):
+    monkeypatch.setattr(layer_module, "resolve_quantization_backend", lambda base, **_: Int8Backend())
+    layer = make_layer(Int8Linear(), magnitude="detached")
+    m = layer.loraxs_magnitude["default"].weight
+    torch.testing.assert_close(m.detach(), layer.frozen_weight().norm(dim=1))
+    with torch.no_grad():
+        m.mul_(torch.linspace(0.5, 1.5, N))
+    x = torch.randn(5, K)
+    weight = base_weight(layer) + dense_delta(layer, "default")
+    weight *= (m.detach() / weight.norm(dim=1))[:, None]
+    expected = F.linear(x.double(), weight, layer.get_base_layer().bias.double())
+    torch.testing.assert_close(layer(x).double(), expected, rtol=1e-5, atol=1e-5)

@@ -20,6 +20,7 @@ from loraxs_ext.peft import LoraXSConfig
         ("init_std", -1.0, "init_std: expected .* got -1.0"),
         ("basis_check", "maybe", "basis_check: expected .* got 'maybe'"),
         ("basis_tol", 0.0, "basis_tol: expected a positive number, got 0.0"),
+        ("edora_norm", "none", "edora_norm: expected 'detached' or 'differentiated', got 'none'"),
         ("sigma", "C", "sigma must be one of .* got 'C'"),
         ("vectors", "all", "vectors must be one of .* got 'all'"),
         ("svd_tol", 2.0, "tol must lie between 0 and 1, got 2.0"),
@@ -36,6 +37,11 @@ def test_wrong_values(field, value, error):
 def test_ranks_are_integers(value):
     with pytest.raises(TypeError, match="r: expected an int"):
         LoraXSConfig(r=value)
+
+
+def test_use_edora_is_a_switch():
+    with pytest.raises(TypeError, match="use_edora: expected True or False, got 'yes'"):
+        LoraXSConfig(use_edora="yes")
 
 
 def test_layers_need_names():

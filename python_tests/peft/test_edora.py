@@ -11,7 +11,7 @@ from peft.tuners.lora.conversion import convert_to_lora
 from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file
 
-from .models import Case, layers_of, logits, train
+from .models import CASES, Case, layers_of, logits, train
 
 NORMS = ["detached", "differentiated"]
 
@@ -289,3 +289,14 @@ def test_conversion_to_lora_takes_the_whole_update(llama: Case):
     converted = get_peft_model(llama.base(), config)
     set_peft_model_state_dict(converted, weights)
     same(logits(converted.eval(), llama.inputs()), logits(model, llama.inputs()), 1e-3)
+
+
+def test_offloaded_weights(tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+    case = CASES["gpt2"]
+    model = edora(case)
+    model.save_pretrained(tmp_path)
+    base = case.base()
+    accelerate.cpu_offload(base, execution_device=torch.device("cpu"))
+    loaded = PeftModel.from_pretrained(base, tmp_path)
+    assert torch.equal(logits(loaded, case.inputs()), logits(model, case.inputs()))
