@@ -82,7 +82,7 @@ class AdapterBasis:
             sketches = {m.key: self._core(m).recorded_sketch for m in pending if self._core(m).stored_basis is None}
             restored = self._restored(pending, sketches, file)
         plans = [self._plan(layer, restored.get(layer.key)) for layer in pending]
-        report(self.adapter, [plan.mismatch for plan in plans], self.check, self.tol, self.recipe.tol)
+        self._judge([plan.mismatch for plan in plans])
         for layer, plan in zip(pending, plans, strict=True):
             core = self._core(layer)
             if plan.factors is not None:
@@ -184,7 +184,7 @@ class AdapterBasis:
         found = {}
         if file is not None:
             found = restore(file, {key: sketches[key] for key in doubtful}, weights, self.recipe)
-        cached = anchors_path(sketches, self.recipe)
+        cached = self._anchors_path(sketches)
         if len(found) < len(doubtful) and cached.exists():
             rest = {key: sketches[key] for key in doubtful if key not in found}
             try:
@@ -225,6 +225,14 @@ class AdapterBasis:
             a, bt = (part if part.dtype == torch.float64 else part.float() for part in (found.a, found.bt))
             factors[layer.key] = found._replace(a=a, bt=bt, fingerprint=layer.base_fingerprint)
         remember(sketches, factors, self.recipe)
+
+    def _judge(self, mismatches: Sequence[Mismatch]) -> None:
+        """Raise, warn or pass. May be overridden, by who treats the layers one by one."""
+        report(self.adapter, mismatches, self.check, self.tol, self.recipe.tol)
+
+    def _anchors_path(self, sketches: Mapping[str, Tensor]) -> Path:
+        """Where the anchors of the adapter are cached. May be overridden, by who has more sketches than these."""
+        return anchors_path(sketches, self.recipe)
 
     def _core(self, layer: LoraXSLayer) -> CoreMatrix:
         return layer.core(self.adapter)
