@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from . import ops as ops
 from .basis import Recipe, randomized_svd
+from .checkpoint import from_lora, merge, to_lora
 from .peft import LoraXSConfig, LoraXSModel
 
 __version__ = "0.1.0"
 
-__all__ = ["LoraXSConfig", "LoraXSModel", "Recipe", "ops", "randomized_svd"]
+__all__ = ["LoraXSConfig", "LoraXSModel", "Recipe", "from_lora", "merge", "ops", "randomized_svd", "to_lora"]

@@ -167,9 +167,8 @@ class StreamedModel:
             missing = load_tensors(model, load_file(adapter / ADAPTER_WEIGHTS), "default", assign=True)
         lacking = [name for name, tensor in model.named_parameters() if "loraxs_" in name and tensor.is_meta]
         if missing or lacking:
-            raise ValueError(
-                f"the adapter in {adapter} does not fit the model in {base}: it lacks {[*missing, *lacking][0]}"
-            )
+            name = next(iter([*missing, *lacking]))
+            raise ValueError(f"the adapter in {adapter} does not fit the model in {base}: it lacks {name}")
         return cls(base, model.eval())
 
     @contextlib.contextmanager
