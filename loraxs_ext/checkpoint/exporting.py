@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -58,15 +58,13 @@ def to_lora(
     Warns:
         UserWarning: rounding to `dtype` changes an update noticeably.
     """
+    config = model.peft_config.get(adapter_name)
+    if not isinstance(config, LoraXSConfig):
+        raise ValueError(f"adapter_name: expected the name of a LoRA-XS adapter, got {adapter_name!r}")
     layers = [module for module in model.modules() if isinstance(module, LoraXSLayer)]
-    _write(
-        model,
-        [layer for layer in layers if adapter_name in layer.loraxs_R],
-        Path(folder),
-        adapter_name,
-        dtype,
-        overwrite,
-    )
+    factors = ((m.key, lora_factors(m, adapter_name)) for m in layers if adapter_name in m.loraxs_R)
+    others = get_peft_model_state_dict(model, adapter_name=adapter_name)
+    _write(config, factors, others, Path(folder), dtype, overwrite)
 
 
 def export_lora(
@@ -85,33 +83,38 @@ def export_lora(
     """
     model = StreamedModel.open(base, adapter)
     try:
-        _write(model.model, model.visit(progress=progress), output, model.adapter, dtype, overwrite)
+        config = cast(LoraXSConfig, model.model.peft_config[model.adapter])
+        factors = ((layer.key, lora_factors(layer, model.adapter)) for layer in model.visit(progress=progress))
+        _write(config, factors, model.others, output, dtype, overwrite)
     finally:
         model.close()
 
 
 def _write(
-    model: PeftModel, layers: Iterable[LoraXSLayer], folder: Path, adapter: str, dtype: torch.dtype, overwrite: bool
+    config: LoraXSConfig,
+    factors: Iterable[tuple[str, dict[str, Tensor]]],
+    others: Mapping[str, Tensor],
+    folder: Path,
+    dtype: torch.dtype,
+    overwrite: bool,
 ) -> None:
-    config = model.peft_config.get(adapter)
-    if not isinstance(config, LoraXSConfig):
-        raise ValueError(f"adapter_name: expected the name of a LoRA-XS adapter, got {adapter!r}")
+    """Write the folder, from `lora_factors` by module key, and what else the adapter stores."""
     if dtype not in DTYPES:
         raise ValueError(f"dtype: expected fp32, bf16 or fp16, got {dtype}")
     with atomic_folder(folder, overwrite=overwrite) as temporary:
         tensors: dict[str, Tensor] = {}
         ranks: dict[str, int] = {}
         worst = 0.0
-        for layer in layers:
-            parts = lora_factors(layer, adapter)
+        for key, parts in factors:
             rounded = {name: part.to(dtype) for name, part in parts.items()}
             if not all(part.isfinite().all() for part in rounded.values()):
-                raise ValueError(f"{layer.key}: expected an update that {dtype} can hold, got one beyond its range")
+                raise ValueError(f"{key}: expected an update that {dtype} can hold, got one beyond its range")
             worst = max(worst, _rounding(parts, rounded))
-            ranks[layer.key] = layer.r[adapter]
-            tensors |= {f"{_PREFIX}{layer.key}.{name}": part for name, part in rounded.items()}
-        others = get_peft_model_state_dict(model, adapter_name=adapter)
-        tensors |= {name: part.detach().cpu() for name, part in others.items() if ".loraxs_" not in name}
+            ranks[key] = len(parts["lora_A.weight"])
+            tensors |= {f"{_PREFIX}{key}.{name}": part for name, part in rounded.items()}
+        # PEFT stores an adapted output embedding a second time.
+        unwanted = (".loraxs_", ".base_layer.weight")
+        tensors |= {name: part.cpu() for name, part in others.items() if not any(x in name for x in unwanted)}
         save_file(
             {name: part.contiguous() for name, part in tensors.items()}, temporary / ADAPTER_WEIGHTS, {"format": "pt"}
         )

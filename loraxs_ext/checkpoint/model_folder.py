@@ -178,7 +178,7 @@ def model_config(folder: Path) -> Any:
     """
     if not (folder / "config.json").is_file():
         raise ValueError(f"MODEL must be a folder of a transformers model, got {folder} without config.json")
-    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     if getattr(config, "quantization_config", None):
         raise ValueError(
             f"the weights in {folder} are stored quantised; use the original weights (prepare their bases and give the "

@@ -36,6 +36,8 @@ _TASKS = {
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
     "FEATURE_EXTRACTION": "AutoModel",
 }
+# R, rows of an embedding, and copies of base weights that PEFT stores with adapters of an output embedding.
+_NOT_BROUGHT = (".loraxs_", ".token_adapter.", ".base_layer.weight")
 # The tensor of a head that has one row a label.
 _HEAD = re.compile(r"(?:^|\.)(?:classifier|score)(?:\.out_proj)?\.weight$")
 
@@ -122,14 +124,17 @@ class StreamedModel:
         folder: of the base model.
         model: adapted; its base weights are on the meta device.
         adapter: name of the adapter.
+        others: what the adapter stores beside R, under its stored names.
 
     Attributes:
         targets: where the weights of its layers lie, in the order of the shards.
         layers: by key.
     """
 
-    def __init__(self, folder: Path, model: PeftModel, adapter: str = "default") -> None:
-        self.folder, self.model, self.adapter = folder, model, adapter
+    def __init__(
+        self, folder: Path, model: PeftModel, adapter: str = "default", others: Mapping[str, Tensor] | None = None
+    ) -> None:
+        self.folder, self.model, self.adapter, self.others = folder, model, adapter, others or {}
         modules = [module for module in model.modules() if isinstance(module, LoraXSLayer)]
         self.layers = {module.key: module for module in modules if adapter in module.loraxs_R}
         self.base: nn.Module = cast(Any, model).base_model.model
@@ -157,19 +162,24 @@ class StreamedModel:
         fields = read_adapter_config(adapter)
         if fields.get("peft_type") != "LORAXS":
             raise ValueError(f"{adapter} must hold a LoRA-XS adapter, got one of type {fields.get('peft_type')!r}")
-        config = LoraXSConfig.from_pretrained(str(adapter))
+        try:
+            config = LoraXSConfig.from_pretrained(str(adapter))
+        except (TypeError, AttributeError, KeyError) as reason:
+            raise ValueError(f"{adapter / ADAPTER_CONFIG} cannot be understood: {reason}") from None
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             # PEFT notes the name of the base in the configuration, and the base has another one here.
             warnings.filterwarnings("ignore", ".*base_model_name_or_path.*")
             model = get_peft_model(empty_base(base, adapter), config, low_cpu_mem_usage=True)
             config.base_model_name_or_path = fields.get("base_model_name_or_path")
-            missing = load_tensors(model, load_file(adapter / ADAPTER_WEIGHTS), "default", assign=True)
+            tensors = load_file(adapter / ADAPTER_WEIGHTS)
+            missing = load_tensors(model, tensors, "default", assign=True)
         lacking = [name for name, tensor in model.named_parameters() if "loraxs_" in name and tensor.is_meta]
         if missing or lacking:
             name = next(iter([*missing, *lacking]))
             raise ValueError(f"the adapter in {adapter} does not fit the model in {base}: it lacks {name}")
-        return cls(base, model.eval())
+        others = {name: tensor for name, tensor in tensors.items() if ".loraxs_" not in name}
+        return cls(base, model.eval(), others=others)
 
     @contextlib.contextmanager
     def at(self, target: Target) -> Iterator[LoraXSLayer]:
@@ -214,7 +224,7 @@ class StreamedModel:
         return {
             names.sub("", name): tensor
             for name, tensor in self.base.state_dict().items()
-            if not tensor.is_meta and ".loraxs_" not in name and ".token_adapter." not in name
+            if not tensor.is_meta and not any(part in name for part in _NOT_BROUGHT)
         }
 
 
