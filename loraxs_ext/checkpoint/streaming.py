@@ -243,7 +243,8 @@ def load_tensors(model: PeftModel, tensors: Mapping[str, Tensor], adapter: str, 
     try:
         result: Any = set_peft_model_state_dict(model, tensors, adapter, low_cpu_mem_usage=assign)
     except (KeyError, RuntimeError) as reason:
-        raise ValueError(f"the adapter does not fit the model: {reason}") from None
+        # One line for every tensor; any of them tells.
+        raise ValueError(f"the adapter does not fit the model: {str(reason).splitlines()[-1].strip()}") from None
     if result.unexpected_keys:
         raise ValueError(f"the adapter does not fit the model, which has no place for {result.unexpected_keys[0]}")
     return [name for name in result.missing_keys if f"loraxs_R.{adapter}." in name]
