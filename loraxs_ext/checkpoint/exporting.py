@@ -134,7 +134,7 @@ def lora_factors(layer: LoraXSLayer, adapter: str) -> dict[str, Tensor]:
     Raises:
         TypeError: the layer is not linear.
     """
-    if not isinstance(layer, LoraXSLinear):
+    if type(layer) is not LoraXSLinear:
         raise TypeError(f"{layer.key}: expected a linear layer, got {type(layer).__name__}")
     layer.settle(adapter)
     a, b = layer.get_basis(adapter)

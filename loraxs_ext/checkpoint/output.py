@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import math
 import os
@@ -78,6 +77,9 @@ def _check_free(path: Path, overwrite: bool) -> None:
 
 def _lock(folder: Path) -> int:
     """Make `folder` and lock it for this process; the descriptor that holds the lock."""
+    # Not everywhere: the package is imported on Windows too.
+    import fcntl
+
     while True:
         folder.mkdir(exist_ok=True)
         descriptor = os.open(folder, os.O_RDONLY)

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from loraxs_ext.layers import LoraXSLayer
+from loraxs_ext.layers import LoraXSLayer, LoraXSLinear
 from loraxs_ext.peft import LoraXSConfig
 from loraxs_ext.peft.bases import AdapterBasis
 from loraxs_ext.peft.transport import anchors_path
@@ -129,6 +129,10 @@ class StreamedModel:
     Attributes:
         targets: where the weights of its layers lie, in the order of the shards.
         layers: by key.
+
+    Raises:
+        TypeError: a layer is not linear.
+        ValueError: the folder lacks a weight.
     """
 
     def __init__(
@@ -137,14 +141,16 @@ class StreamedModel:
         self.folder, self.model, self.adapter, self.others = folder, model, adapter, others or {}
         modules = [module for module in model.modules() if isinstance(module, LoraXSLayer)]
         self.layers = {module.key: module for module in modules if adapter in module.loraxs_R}
+        for layer in self.layers.values():
+            if type(layer) is not LoraXSLinear:
+                raise TypeError(
+                    f"{layer.key}: expected a linear layer, whose weight can be read by itself, got "
+                    f"{type(layer).__name__}; load the whole model instead"
+                )
         self.base: nn.Module = cast(Any, model).base_model.model
         self.targets = locate(folder, self.base, list(self.layers.values()))
         cores = {key: layer.core(adapter) for key, layer in self.layers.items()}
-        sketches = {
-            key: core.recorded_sketch
-            for key, core in cores.items()
-            if core.weight.device.type != "meta" and core.stored_basis is None
-        }
+        sketches = {key: core.recorded_sketch for key, core in cores.items() if core.stored_basis is None}
         plain = cast(AdapterBasis, next(iter(self.layers.values())).basis_policy[adapter])
         options = (plain.adapter, plain.recipe, plain.check, plain.tol, plain.basis_file)
         self.policy = StreamedBasis(*options, sketches=sketches)
@@ -201,6 +207,9 @@ class StreamedModel:
             layer.loraxs_A = layer.loraxs_Bt = None
             layer.unmerged_weight.clear()
             layer.merged_adapters.clear()
+            # What a trained magnitude needs to know of the weight is as large as the basis.
+            norms: Any = getattr(layer, "loraxs_norms", {})
+            norms.clear()
 
     def visit(self, *, progress: bool = True) -> Iterator[LoraXSLayer]:
         """Each layer in its turn, as in `at`, in the order of the shards; then `finish`."""

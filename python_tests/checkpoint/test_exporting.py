@@ -132,8 +132,8 @@ def test_a_magnitude_makes_it_a_dora(tmp_path: Path) -> None:
     for layer in layers_of(model):
         magnitude = nn.Module()
         magnitude.weight = nn.Parameter(torch.rand(layer.out_features) + 0.5)
-        layer.loraxs_magnitude = nn.ModuleDict({"default": magnitude})
         deltas[layer.key] = (layer.get_delta_weight("default"), magnitude.weight)
+        layer.loraxs_magnitude = nn.ModuleDict({"default": magnitude})
     to_lora(model, tmp_path / "dora")
     loaded = folders.adapted(tmp_path / "dora")
     assert loaded.peft_config["default"].use_dora
