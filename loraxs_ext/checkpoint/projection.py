@@ -33,7 +33,7 @@ class ModuleResidual(NamedTuple):
     Attributes:
         key: name of the module.
         rank: of R; 0 where the adapter has none for this module.
-        residual: ‖ΔW − s·B R A‖ / ‖ΔW‖, between 0 and 1.
+        residual: ‖ΔW − s·B R A‖ / ‖ΔW‖; at most 1 for a projection.
         norm: ‖ΔW‖.
     """
 
@@ -119,7 +119,7 @@ def from_lora(
         if not projection.residual <= threshold:
             raise ProjectionError(projection, threshold)
         _load_others(peft_model, lora, adapter_name)
-    except ValueError:
+    except Exception:
         if adapted:
             peft_model.delete_adapter(adapter_name)
         else:

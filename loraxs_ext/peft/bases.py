@@ -109,6 +109,14 @@ class AdapterBasis:
         if any(is_foreign(m, self.tol) for m in found):
             report(self.adapter, found, self.check, self.tol, self.recipe.tol)
 
+    def _judge(self, mismatches: Sequence[Mismatch]) -> None:
+        """Raise, warn or pass. May be overridden, by who treats the layers one by one."""
+        report(self.adapter, mismatches, self.check, self.tol, self.recipe.tol)
+
+    def _anchors_path(self, sketches: Mapping[str, Tensor]) -> Path:
+        """Where the anchors of the adapter are cached. May be overridden, by who has more sketches than these."""
+        return anchors_path(sketches, self.recipe)
+
     @contextlib.contextmanager
     def _open_file(self) -> Iterator[BasisFile | None]:
         """The basis file of the configuration, if there is one."""
@@ -225,14 +233,6 @@ class AdapterBasis:
             a, bt = (part if part.dtype == torch.float64 else part.float() for part in (found.a, found.bt))
             factors[layer.key] = found._replace(a=a, bt=bt, fingerprint=layer.base_fingerprint)
         remember(sketches, factors, self.recipe)
-
-    def _judge(self, mismatches: Sequence[Mismatch]) -> None:
-        """Raise, warn or pass. May be overridden, by who treats the layers one by one."""
-        report(self.adapter, mismatches, self.check, self.tol, self.recipe.tol)
-
-    def _anchors_path(self, sketches: Mapping[str, Tensor]) -> Path:
-        """Where the anchors of the adapter are cached. May be overridden, by who has more sketches than these."""
-        return anchors_path(sketches, self.recipe)
 
     def _core(self, layer: LoraXSLayer) -> CoreMatrix:
         return layer.core(self.adapter)
