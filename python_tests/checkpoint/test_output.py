@@ -50,7 +50,7 @@ def test_a_killed_merge_leaves_nothing_under_its_name_and_can_be_repeated(tmp_pa
     output = tmp_path / "out"
     command = [sys.executable, "-c", KILLED, str(folders.base), str(folders.adapter), str(output)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     left = tmp_path / ".out.partial"
     assert left.is_dir() and list(left.iterdir()) and not output.exists()
