@@ -7,9 +7,22 @@ from __future__ import annotations
 
 from . import ops as ops
 from .basis import Recipe, randomized_svd
-from .checkpoint.reference import load_reference
+from .checkpoint import from_lora, load_reference, load_tinylora, merge, save_tinylora, to_lora
 from .peft import LoraXSConfig, LoraXSModel, find_and_initialize
 
 __version__ = "0.1.0"
 
-__all__ = ["LoraXSConfig", "LoraXSModel", "Recipe", "find_and_initialize", "load_reference", "ops", "randomized_svd"]
+__all__ = [
+    "LoraXSConfig",
+    "LoraXSModel",
+    "Recipe",
+    "find_and_initialize",
+    "from_lora",
+    "load_reference",
+    "load_tinylora",
+    "merge",
+    "ops",
+    "randomized_svd",
+    "save_tinylora",
+    "to_lora",
+]

@@ -19,7 +19,7 @@ import torch
 
 from . import __version__, ops
 from .basis.cache import cache_directory
-from .commands import init
+from .commands import export, import_, init, merge
 
 REQUIRED = ("torch", "numpy", "safetensors", "transformers", "peft", "tqdm")
 OPTIONAL = ("triton", "accelerate")
@@ -215,6 +215,9 @@ def _as_text(report: dict[str, Any]) -> str:
 
 COMMANDS = {
     "init": Command(init.HELP, init.add_arguments, init.run),
+    "merge": Command(merge.HELP, merge.add_arguments, merge.run),
+    "export": Command(export.HELP, export.add_arguments, export.run),
+    "import": Command(import_.HELP, import_.add_arguments, import_.run),
     "doctor": Command("print versions, devices and who computes each op", _doctor_arguments, _doctor),
 }
 

@@ -18,7 +18,8 @@ from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForC
 
 from loraxs_ext import LoraXSConfig, cli
 from loraxs_ext.basis import BasisFile, Factors, decomposition, fingerprint, fit_error
-from loraxs_ext.commands import model_folder, summary
+from loraxs_ext.checkpoint import model_folder
+from loraxs_ext.commands import summary
 
 from .peft.models import CASES, layers_of
 

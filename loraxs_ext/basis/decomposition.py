@@ -87,7 +87,9 @@ def decompose(
     groups = _groups(weights, ranks, cache, stager)
     if target is not None and target.type in _PREFETCH_FOR:
         groups = prefetched(groups)
-    with tqdm(total=len(weights), desc="basis", unit="matrix", disable=not progress, leave=False) as bar:
+    # One matrix is asked for by who shows the progress of many.
+    hidden = not progress or len(weights) == 1
+    with tqdm(total=len(weights), desc="basis", unit="matrix", disable=hidden, leave=False) as bar:
         for found in groups:
             for job, entry in zip(found.jobs, _entries(found, recipe, cache), strict=True):
                 measured[job.name] = Convergence(float(entry.errors[-1]), float(entry.gaps[-1]), int(entry.steps))

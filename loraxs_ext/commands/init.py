@@ -21,9 +21,9 @@ from tqdm import tqdm
 from loraxs_ext.basis import Factors, Recipe, decompose, write_basis_file
 from loraxs_ext.basis.cache import cache_directory
 from loraxs_ext.basis.distributed import broadcast_factors, is_running, raise_together, split_by_cost
+from loraxs_ext.checkpoint.model_folder import Target, WeightStream, find_targets
 from loraxs_ext.peft import LoraXSConfig
 
-from .model_folder import Target, WeightStream, find_targets
 from .summary import ModuleBasis, as_text, needs_matplotlib, plot
 
 HELP = "prepare and cache the bases of a model"

@@ -86,7 +86,7 @@ class AdapterBasis:
             sketches = {m.key: self._core(m).recorded_sketch for m in pending if self._core(m).stored_basis is None}
             restored = self._restored(pending, sketches, file)
         plans = [self._plan(layer, restored.get(layer.key)) for layer in pending]
-        report(self.adapter, [plan.mismatch for plan in plans], self.check, self.tol, self.recipe.tol)
+        self._judge([plan.mismatch for plan in plans])
         for layer, plan in zip(pending, plans, strict=True):
             core = self._core(layer)
             if plan.factors is not None:
@@ -111,6 +111,14 @@ class AdapterBasis:
         found = [_better(mismatch, restored.get(mismatch.key))[0] for mismatch in found]
         if any(is_foreign(m, self.tol) for m in found):
             report(self.adapter, found, self.check, self.tol, self.recipe.tol)
+
+    def _judge(self, mismatches: Sequence[Mismatch]) -> None:
+        """Raise, warn or pass. May be overridden, by who treats the layers one by one."""
+        report(self.adapter, mismatches, self.check, self.tol, self.recipe.tol)
+
+    def _anchors_path(self, sketches: Mapping[str, Tensor]) -> Path:
+        """Where the anchors of the adapter are cached. May be overridden, by who has more sketches than these."""
+        return anchors_path(sketches, self.recipe)
 
     @contextlib.contextmanager
     def _open_file(self) -> Iterator[BasisFile | None]:
@@ -187,7 +195,7 @@ class AdapterBasis:
         found = {}
         if file is not None:
             found = restore(file, {key: sketches[key] for key in doubtful}, weights, self.recipe)
-        cached = anchors_path(sketches, self.recipe)
+        cached = self._anchors_path(sketches)
         if len(found) < len(doubtful) and cached.exists():
             rest = {key: sketches[key] for key in doubtful if key not in found}
             try:

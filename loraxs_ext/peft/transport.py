@@ -125,10 +125,23 @@ def transport(core: Tensor, old: tuple[Tensor, Tensor], new: tuple[Tensor, Tenso
     r0 = core.double()
     (a0, b0), (a1, b1) = ((a.to(core.device).double(), bt.to(core.device).double().mT) for a, bt in (old, new))
     moved = torch.linalg.pinv(b1) @ b0 @ r0 @ a0 @ torch.linalg.pinv(a1)
-    # ‖B R A‖² = ⟨BᵀB R, R AAᵀ⟩: the r×r Gram matrices say it all, no [N, K] product is formed.
+    return moved.to(core.dtype), relative_distance((a0, r0, b0.mT), (a1, moved, b1.mT))
+
+
+def relative_distance(first: tuple[Tensor, Tensor, Tensor], second: tuple[Tensor, Tensor, Tensor]) -> float:
+    """‖B'R'A' − B R A‖ / ‖B R A‖ in fp64, to about 1e-8; 0 if B R A is 0. No [N, K] product is formed.
+
+    Args:
+        first, second: (a [r, K], core [r, r], bt [r, N]), each of its own rank.
+    """
+    device = first[1].device
+    (a0, r0, b0), (a1, r1, b1) = (
+        (a.to(device).double(), core.to(device).double(), bt.to(device).double().mT) for a, core, bt in (first, second)
+    )
+    # ‖B R A‖² = ⟨BᵀB R, R AAᵀ⟩: the r×r Gram matrices say it all.
     size = _inner(b0, r0, a0, b0, r0, a0)
-    gap = size - 2 * _inner(b0, r0, a0, b1, moved, a1) + _inner(b1, moved, a1, b1, moved, a1)
-    return moved.to(core.dtype), float((gap.clamp_min(0) / size.clamp_min(1e-300)).sqrt()) if size > 0 else 0.0
+    gap = size - 2 * _inner(b0, r0, a0, b1, r1, a1) + _inner(b1, r1, a1, b1, r1, a1)
+    return float((gap.clamp_min(0) / size.clamp_min(1e-300)).sqrt()) if size > 0 else 0.0
 
 
 def _inner(b0: Tensor, r0: Tensor, a0: Tensor, b1: Tensor, r1: Tensor, a1: Tensor) -> Tensor:
