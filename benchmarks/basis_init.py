@@ -2,8 +2,9 @@
 
 96 matrices: 24 layers of query, value and attention.output.dense (1024 × 1024) and output.dense (1024 × 4096). A few
 matrices of each shape and kind of spectrum are timed, all providers in turn, and the sum for 96 is extrapolated from
-them; ours gets those of a shape in one call, as it does when it decomposes a model, the others one after the other. Spectra: "flat", a slow power law with irregular gaps; "spiked", a flat bulk under decaying spikes, as in trained
-language models. Every error is the sine of the largest angle to the subspace of a complete fp64 decomposition.
+them; ours gets those of a shape in one call, as when it decomposes a model, the others one after the other. Spectra:
+"flat", a slow power law with irregular gaps; "spiked", a flat bulk under decaying spikes, as in trained language
+models. Every error is the sine of the largest angle to the subspace of a complete fp64 decomposition.
 
     python -m benchmarks.basis_init            ranks 4, 16, 25 and 64, on one thread and on all: about ten minutes
     python -m benchmarks.basis_init --quick    one matrix of each kind on one thread, nothing is written

@@ -1,4 +1,4 @@
-// (x wᵀ) w for few rows x: both products of a strip of w while it lies in L2, where BLAS would read w twice from memory.
+// (x wᵀ) w for few rows x: both products of a strip of w while it lies in L2, where BLAS would read w twice.
 #include <algorithm>
 #include <cstring>
 

@@ -14,8 +14,8 @@ namespace {
 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// Whether the next block of `left` rows has kRows of them: 8 rows are better off as 4 + 4 than as 6 + 2, because a block
-// of 2 loads more than it multiplies.
+// Whether the next block of `left` rows has kRows of them: 8 rows are better off as 4 + 4 than as 6 + 2, because a
+// block of 2 loads more than it multiplies.
 inline bool takes_whole_block(int64_t left) { return left >= kRows && left != 8; }
 
 // How a vector of products is formed. Generic: widen both sides to the accumulation type; x is staged in that type.

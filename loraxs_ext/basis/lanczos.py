@@ -118,8 +118,8 @@ def lanczos_subspace(
     """Top singular vectors of one side, iterated until the estimated subspace error meets `tol`.
 
     A matrix for which the vectors drawn would outnumber half of its shorter side is decomposed completely instead. At
-    least as many steps are made as it takes to hold twice the rank. Where rounding in W's dtype alone exceeds `tol`, iteration
-    ends once the rest of the error has met it, or at once where rounding exceeds it tenfold.
+    least as many steps are made as it takes to hold twice the rank. Where rounding in W's dtype alone exceeds `tol`,
+    iteration ends once the rest of the error has met it, or at once where rounding exceeds it tenfold.
 
     Args:
         matrices: [b, n, m], entries of moderate size; the vectors are those of length n.

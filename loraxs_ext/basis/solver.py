@@ -194,12 +194,12 @@ def _iterate(W: Tensor, rank: int, recipe: Recipe, method: Method) -> tuple[Subs
     return lanczos_subspace(W if left else W.mT, *options, block), left
 
 
-def _finish(W: Tensor, subspace: Subspace, left: bool) -> Triplets:
+def _finish(W: Tensor, subspace: Subspace, from_left: bool) -> Triplets:
     """Rayleigh–Ritz on the candidate subspace of one side, then the orthonormal left vectors."""
-    image = multiply_rows(subspace.basis.to(W.dtype), W if left else W.mT).double()
+    image = multiply_rows(subspace.basis.to(W.dtype), W if from_left else W.mT).double()
     values, rotation = torch.linalg.eigh(image @ image.mT)
     values, rotation = values.flip(-1).clamp_min(0.0), rotation.flip(-1).mT
-    candidate = rotation @ (subspace.basis.double() if left else image)
+    candidate = rotation @ (subspace.basis.double() if from_left else image)
     # Directions of singular values that are zero are arbitrary; fixed ones make them the same everywhere.
     stand_in = _completion(candidate)
     zero = values.sqrt() <= _zero_level(values[:, :1].sqrt(), W.dtype)

@@ -20,8 +20,8 @@ _MAX_PASSES = 8
 # for results that are rounded to fp32 or less, and a few ulp for fp64.
 _PIVOT_FP32 = 1e-6
 _PIVOT_FP64 = 0.25
-# Up to here the compiled first pass is faster than calls of LAPACK on the CPU: 17 against 51 µs for 8 × 1024, 61 against
-# 70 for 16 × 1024, and slower from 25 rows on.
+# Up to here the compiled first pass is faster than calls of LAPACK on the CPU: 17 against 51 µs for 8 × 1024, 61
+# against 70 for 16 × 1024, and slower from 25 rows on.
 COMPILED_ROWS = 16
 
 _cholesky_qr = torch.ops.loraxs._cholesky_qr.default
