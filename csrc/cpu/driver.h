@@ -64,4 +64,16 @@ struct RescaleGradients {
 template <class T, class P>
 void rescale_backward(const RescaleGradients<T, P>&);
 
+// out = (x wᵀ) w in one pass over w: x, out [l, n]; w [m, n]; all contiguous.
+struct GramProduct {
+  int64_t l, m, n;
+  const float *x, *w;
+  float* out;
+};
+void gram_product(const GramProduct&);
+
+// Orthonormal rows q [k, n] of rows y by one Cholesky factorisation of their Gram matrix in fp64, and the smallest
+// squared pivot relative to the squared length of its row; NaN, or not positive, where that failed.
+double cholesky_qr(const float* y, int64_t k, int64_t n, float* q);
+
 }  // namespace loraxs::cpu

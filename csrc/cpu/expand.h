@@ -93,7 +93,7 @@ void expand(const Expand<T>& g) {
     const int64_t end = least(n + panel, g.N);
     int64_t m = 0;
     if constexpr (kRows > 4)
-      for (; m + kRows <= g.M; m += kRows) expand_rows<T, kRows>(g, m, n, end);
+      for (; takes_whole_block(g.M - m); m += kRows) expand_rows<T, kRows>(g, m, n, end);
     if constexpr (kRows >= 4)
       for (; m + 4 <= g.M; m += 4) expand_rows<T, 4>(g, m, n, end);
     for (; m + 2 <= g.M; m += 2) expand_rows<T, 2>(g, m, n, end);

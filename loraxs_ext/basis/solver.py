@@ -14,10 +14,11 @@ from .chebyshev import chebyshev_subspace
 from .exact import Subspace, full_svd, gram_subspace
 from .lanczos import block_size, lanczos_subspace
 from .orthonormal import orthonormalize_rows
-from .precision import multiply_rows
+from .precision import multiply_rows, reads_once
 from .probes import COMPLETION, SIGN, probes
 from .recipe import Recipe
 from .sklearn_svd import sklearn_left_vectors, sklearn_signs
+from .streaming import chunk_bytes
 
 Method = Literal["auto", "block_lanczos", "chebyshev", "exact"]
 
@@ -28,6 +29,8 @@ _EXACT_FRACTION = {"cpu": 8}
 _EXACT_SIDE_DEVICE, _EXACT_FRACTION_DEVICE = 256, 4
 # Below this σ_i/σ_1 the fp64 Gram matrix has lost σ_i², and only a full SVD finds the vector.
 _GRAM_RESOLVES = 1e-6
+# Reading a matrix once a step instead of twice is worth vectors of the longer side up to this ratio of the two.
+_LONGER_SIDE = 4
 # Early filters in TF32 on an accelerator: a model says a third of the time, tests in bf16 say the same accuracy.
 _REDUCED_START = True
 # Orthonormalising and rounding the vectors to the dtype turns them by this many eps.
@@ -114,15 +117,25 @@ def solve(W: Tensor, rank: int, recipe: Recipe, method: Method = "auto") -> Trip
     chosen = choose_method(W, rank, recipe, method)
     if chosen == "exact":
         return _solve_exact(W, rank, recipe)
-    # On a CPU products are as fast one matrix at a time, and then a result never depends on what it is batched with.
-    pieces = W.split(1) if W.device.type == "cpu" else (W,)
+    pieces = W.split(_together(W)) if W.device.type == "cpu" else (W,)
     done = [_solve_iteratively(piece, rank, recipe, chosen) for piece in pieces]
     return done[0] if len(done) == 1 else Triplets(*(torch.cat(parts) for parts in zip(*done, strict=True)))
 
 
+def _together(W: Tensor) -> int:
+    """Matrices of a stack that a CPU iterates on in step, which saves calls; no result depends on the others.
+
+    One thread adds up a batch in the order of a single matrix, several do not (MKL).
+    """
+    if torch.get_num_threads() > 1:
+        return 1
+    return max(1, chunk_bytes(W.device) // max(1, W.shape[-2] * W.shape[-1] * W.element_size()))
+
+
 def _solve_exact(W: Tensor, rank: int, recipe: Recipe) -> Triplets:
     if recipe.vectors == "top" and W.dtype != torch.float64:
-        return _finish(W, gram_subspace(_short(W), rank))
+        left = W.shape[-2] <= W.shape[-1]
+        return _finish(W, gram_subspace(W if left else W.mT, rank), left)
     return _solve_fully(W, rank, recipe)
 
 
@@ -151,7 +164,7 @@ def _solve_as_sklearn(W: Tensor, rank: int, recipe: Recipe) -> Triplets:
 
 def _solve_iteratively(W: Tensor, rank: int, recipe: Recipe, method: Method) -> Triplets:
     """An iteration, with what rounding leaves unresolved (a large σ_1 above a small gap) repeated more exactly."""
-    found = _finish(W, _iterate(W, rank, recipe, method))
+    found = _finish(W, *_iterate(W, rank, recipe, method))
     again = (found.errors[:, -1] > recipe.tol) & (found.steps < recipe.max_iter)
     if W.dtype == torch.float64:
         again &= found.s[:, -1] < _GRAM_RESOLVES * found.s[:, 0]
@@ -162,32 +175,31 @@ def _solve_iteratively(W: Tensor, rank: int, recipe: Recipe, method: Method) -> 
         if W.dtype == torch.float64:
             finer = _solve_fully(W[where], rank, recipe)
         else:
-            finer = _finish(W[where], _iterate(W[where].double(), rank, recipe, method))
+            finer = _finish(W[where], *_iterate(W[where].double(), rank, recipe, method))
         for kept, new in zip(found, finer, strict=True):
             kept[where] = new
     return found
 
 
-def _iterate(W: Tensor, rank: int, recipe: Recipe, method: Method) -> Subspace:
+def _iterate(W: Tensor, rank: int, recipe: Recipe, method: Method) -> tuple[Subspace, bool]:
+    """An approximate subspace, and whether it is of the left singular vectors."""
     options = (rank, recipe.n_oversamples, recipe.tol, recipe.max_iter, recipe.seed)
+    left = W.shape[-2] <= W.shape[-1]
     if method == "chebyshev":
         reduced = _REDUCED_START and W.device.type != "cpu" and W.dtype == torch.float32
-        return chebyshev_subspace(_short(W), *options, reduced=reduced)
-    return lanczos_subspace(_short(W), *options, block_size(W.device, rank))
+        return chebyshev_subspace(W if left else W.mT, *options, reduced=reduced), left
+    block = block_size(W.device, rank)
+    if max(W.shape[-2:]) <= _LONGER_SIDE * min(W.shape[-2:]) and (reads_once(W, block) or reads_once(W.mT, block)):
+        left = reads_once(W, block)
+    return lanczos_subspace(W if left else W.mT, *options, block), left
 
 
-def _short(W: Tensor) -> Tensor:
-    """The stack seen from its shorter side: [b, n, m] with n ≤ m."""
-    return W if W.shape[-2] <= W.shape[-1] else W.mT
-
-
-def _finish(W: Tensor, subspace: Subspace) -> Triplets:
-    """Rayleigh–Ritz on the candidate subspace of the shorter side, then the orthonormal left vectors."""
-    short = _short(W)
-    image = multiply_rows(subspace.basis.to(W.dtype), short).double()
+def _finish(W: Tensor, subspace: Subspace, from_left: bool) -> Triplets:
+    """Rayleigh–Ritz on the candidate subspace of one side, then the orthonormal left vectors."""
+    image = multiply_rows(subspace.basis.to(W.dtype), W if from_left else W.mT).double()
     values, rotation = torch.linalg.eigh(image @ image.mT)
     values, rotation = values.flip(-1).clamp_min(0.0), rotation.flip(-1).mT
-    candidate = rotation @ (subspace.basis.double() if short is W else image)
+    candidate = rotation @ (subspace.basis.double() if from_left else image)
     # Directions of singular values that are zero are arbitrary; fixed ones make them the same everywhere.
     stand_in = _completion(candidate)
     zero = values.sqrt() <= _zero_level(values[:, :1].sqrt(), W.dtype)

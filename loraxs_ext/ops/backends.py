@@ -26,6 +26,7 @@ import torch
 
 from . import decode, reference
 from .contract import LIBRARY, OPS, UNWRAPPED, check, table_of, tensors_of
+from .orthonormal import COMPILED_ROWS
 
 BACKENDS = ("auto", "triton", "cuda", "reference")
 BACKEND = os.environ.get("LORAXS_BACKEND", "auto")
@@ -231,6 +232,8 @@ def owners() -> dict[str, dict[str, str]]:
 
 
 def _cpu_owner(op: str) -> str:
+    if op == "orthonormalize" and _has_kernel("_cholesky_qr", "CPU") and BACKEND != "reference":
+        return f"C++ for k ≤ {COMPILED_ROWS}, plain torch beyond"
     return _COMPOSED.get((op, "cpu")) or ("C++" if _has_kernel(op, "CPU") else "plain torch")
 
 

@@ -65,6 +65,7 @@ OPS: Mapping[str, OpContract] = {
         "(Tensor dy, Tensor? z, Tensor g, Tensor? slots, bool need_dz) -> (Tensor dz, Tensor dg)",
         "dy[*,N] z?[*,N] g[S,N] slots?[M]",
     ),
+    "gram_product": OpContract("(Tensor x, Tensor weight) -> Tensor", "x[batch,l,n] weight[batch,m,n]"),
     "orthonormalize": OpContract("(Tensor Y) -> Tensor", "Y[batch,n,k]"),
     "randomized_svd": OpContract(
         "(Tensor W, int rank, int n_oversamples=32, float tol=0.001, int max_iter=100, int seed=0) -> "
@@ -83,6 +84,8 @@ for _name, _op in OPS.items():
         LIBRARY.define(UNWRAPPED[_name] + _op.schema)
 # The CUDA kernel for few tokens: the owner of `linear` on a GPU calls it where it fits (see backends.py).
 LIBRARY.define("_linear_decode" + OPS["linear"].schema)
+# One pass of `orthonormalize` over blocks of few rows Y [batch, k, n] on the CPU: rows, and the smallest pivot of each.
+LIBRARY.define("_cholesky_qr(Tensor Y) -> (Tensor Q, Tensor pivots)")
 
 _SHAPE = re.compile(r"(\w+)(\??)\[([^\]]*)\]")
 _SHAPES = {
@@ -252,6 +255,12 @@ def _project_fake(x, a):
 def _linear_projected_fake(x, weight, bias, p, a, b, pages, slots, scale):
     check("linear_projected", x=x, weight=weight, bias=bias, p=p, a=a, b=b, pages=pages, slots=slots)
     return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+@torch.library.register_fake("loraxs::gram_product", lib=LIBRARY)
+def _gram_product_fake(x, weight):
+    check("gram_product", x=x, weight=weight)
+    return x.new_empty(x.shape)
 
 
 @torch.library.register_fake("loraxs::orthonormalize", lib=LIBRARY)

@@ -7,9 +7,12 @@ ones are repeated until they are orthonormal.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
+from . import contract as contract
 from .probes import COMPLETION, probes
 
 _MAX_PASSES = 8
@@ -17,6 +20,11 @@ _MAX_PASSES = 8
 # for results that are rounded to fp32 or less, and a few ulp for fp64.
 _PIVOT_FP32 = 1e-6
 _PIVOT_FP64 = 0.25
+# Up to here the compiled first pass is faster than calls of LAPACK on the CPU: 17 against 51 µs for 8 × 1024, 61
+# against 70 for 16 × 1024, and slower from 25 rows on.
+COMPILED_ROWS = 16
+
+_cholesky_qr = torch.ops.loraxs._cholesky_qr.default
 
 
 def orthonormalize_rows(Y: Tensor) -> Tensor:
@@ -37,6 +45,12 @@ def orthonormalize_rows(Y: Tensor) -> Tensor:
     if Y.numel() == 0:
         return Y.to(result)
     limit = _PIVOT_FP64 if result == torch.float64 else _PIVOT_FP32
+    if Y.dtype == torch.float32 and Y.device.type == "cpu" and Y.shape[-2] <= COMPILED_ROWS and _is_compiled():
+        Q, pivots = _cholesky_qr(Y.reshape(-1, *Y.shape[-2:]))
+        Q, good = Q.reshape(Y.shape), (pivots >= limit).reshape(Y.shape[:-2])
+        if not bool(good.all()):
+            Q = torch.where(good[..., None, None], Q, _orthonormalize_hard(Y.double(), limit).to(result))
+        return Q
     Q = Y.double()
     gram = Q @ Q.mT
     lower, info = torch.linalg.cholesky_ex(gram)
@@ -47,6 +61,11 @@ def orthonormalize_rows(Y: Tensor) -> Tensor:
     if not bool(good.all()):
         Q = torch.where(good[..., None, None], Q, _orthonormalize_hard(Y.double(), limit))
     return Q.to(result)
+
+
+@cache
+def _is_compiled() -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key("loraxs::_cholesky_qr", "CPU")
 
 
 def _orthonormalize_hard(Q: Tensor, limit: float) -> Tensor:

@@ -307,6 +307,19 @@ def _add_projected(y: Tensor, p: Tensor, b: Tensor, pages: Tensor, slots: Tensor
     return out.reshape(y.shape)
 
 
+def gram_product(x: Tensor, weight: Tensor) -> Tensor:
+    """(x Wᵀ) W for few rows x: one step of a Krylov iteration on the Gram matrix WᵀW.
+
+    Args:
+        x: [batch, l, n].
+        weight: [batch, m, n], dtype of x.
+
+    Returns:
+        [batch, l, n] in the dtype of x, contiguous.
+    """
+    return ((x @ weight.mT) @ weight).contiguous()
+
+
 def orthonormalize(Y: Tensor) -> Tensor:
     """Orthonormal columns that span, for every i, what the first i columns of Y span.
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from loraxs_ext.basis import Recipe, decompose, decomposition, randomized_svd
+from loraxs_ext.basis.streaming import chunk_bytes
 
 from .matrices import defect, gaussian, power_law, spiked, tied
 
@@ -54,6 +55,31 @@ def test_batches_and_ranks_change_no_bit_of_a_weight() -> None:
         rank = len(together[name].s)
         alone = decompose({name: weights[name]}, rank, progress=False)[name]
         assert torch.equal(alone.a, together[name].a) and torch.equal(alone.bt, together[name].bt)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("rank", [4, 25])
+def test_matrices_iterated_in_step_do_not_know_each_other(rank: int, threads: int) -> None:
+    # They converge at different steps, and some are given up and decomposed completely.
+    weights = {
+        "slow": power_law(600, 640, 0.2).float(),
+        "fast": power_law(600, 640, 1.0).float(),
+        "tied": tied().float(),
+        "spiked": spiked(600, 640).float(),
+        "identity": torch.eye(640)[:600],
+    }
+    assert sum(W.numel() * 4 for W in weights.values()) <= chunk_bytes(torch.device("cpu"))
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)
+            together = decompose(weights, rank, progress=False)
+            alone = {name: decompose({name: W}, rank, progress=False)[name] for name, W in weights.items()}
+    finally:
+        torch.set_num_threads(before)
+    for name, factors in alone.items():
+        assert torch.equal(factors.a, together[name].a) and torch.equal(factors.bt, together[name].bt), name
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,8 @@ def call(*arguments: str, timeout: float = 300) -> subprocess.CompletedProcess[s
 def test_without_a_device_it_says_so_in_one_sentence():
     result = call()
     assert result.returncode == 2 and result.stdout == ""
-    assert result.stderr.strip() == (
+    # Packages that PEFT imports where they are installed may have had something to say before.
+    assert result.stderr.strip().splitlines()[-1] == (
         "gpu_check: torch finds no CUDA device here; --dry-run walks the code without one."
     )
 

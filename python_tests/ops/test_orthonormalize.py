@@ -46,6 +46,22 @@ def test_orthonormalize_agrees_with_householder(dtype: torch.dtype) -> None:
     assert float((got - exact).abs().max()) < (1e-13 if dtype == torch.float64 else 1e-7)
 
 
+@pytest.mark.skipif(not backends.COMPILED, reason="the compiled ops are not built")
+@pytest.mark.parametrize("k", [1, 7, 16])
+def test_the_compiled_pass_agrees_and_tells_what_it_cannot_do(k: int) -> None:
+    Y = gaussian(3, k, 300)
+    Q, pivots = torch.ops.loraxs._cholesky_qr(Y)
+    exact = torch.linalg.qr(Y.double().mT)
+    rows = (exact.Q * exact.R.diagonal(dim1=-2, dim2=-1).sign()[:, None]).mT
+    assert float((Q - rows).abs().max()) < 1e-7 and bool((pivots > 0.5).all())
+    Y[1, -1] = Y[1, 0] if k > 1 else 0.0
+    Y[2, 0, 0] = torch.nan
+    pivots = torch.ops.loraxs._cholesky_qr(Y)[1]
+    assert pivots[0] > 0.5 and not bool((pivots[1:] > 1e-12).any())
+    with pytest.raises((ValueError, RuntimeError), match="Y: expected dtype torch.float32"):
+        torch.ops.loraxs._cholesky_qr(Y.double())
+
+
 def test_orthonormalize_takes_any_strides() -> None:
     Y = gaussian(3, 50, 8)
     expected = orthonormalize(Y)
@@ -114,7 +130,8 @@ def test_owners_are_named() -> None:
         pytest.skip("the reference owns every op")
     owners = backends.owners()["randomized_svd"]
     assert owners == {"cpu": "block Lanczos", "cuda": "Chebyshev-filtered subspace iteration"}
-    assert backends.owners()["orthonormalize"]["cpu"] == "plain torch"
+    cpu = backends.owners()["orthonormalize"]["cpu"]
+    assert cpu == ("C++ for k ≤ 16, plain torch beyond" if backends.COMPILED else "plain torch")
 
 
 def test_unconverged_decompositions_warn_through_the_op() -> None:
