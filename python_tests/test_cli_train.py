@@ -8,10 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
 
 from loraxs_ext import cli
 from python_tests.training.tiny import reviews, save_bert, write_jsonl
+
+yaml = pytest.importorskip("yaml")
+pytest.importorskip("tensorboard")
 
 ROOT = Path(__file__).parents[1]
 

@@ -23,6 +23,8 @@ from loraxs_ext.training.trainer import adamw
 
 from .tiny import reviews, save_bert, write_jsonl
 
+pytest.importorskip("tensorboard")
+
 
 def labels_of(values: list, **changes) -> Labels:
     data = ClassificationData(train="t", text=["s"], **changes)

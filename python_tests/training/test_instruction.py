@@ -20,6 +20,8 @@ from loraxs_ext.training.train import train
 
 from .tiny import save_llama, save_tokenizer, sums
 
+pytest.importorskip("tensorboard")
+
 ROW = {"prompt": "1 + 2", "response": "The answer is : 3 ."}
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 from transformers import TrainerState
 
@@ -20,6 +19,9 @@ from loraxs_ext.training import make_run
 from loraxs_ext.training.folder import RunFolder
 from loraxs_ext.training.train import train
 from loraxs_ext.training.trainer import Keeper
+
+yaml = pytest.importorskip("yaml")
+pytest.importorskip("tensorboard")
 
 ROOT = Path(__file__).parents[2]
 

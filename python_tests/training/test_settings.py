@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-import yaml
 
 from loraxs_ext.peft import LoraXSConfig
 from loraxs_ext.training import PRESETS, TASKS, commented_yaml, make_run, read_run
 from loraxs_ext.training.settings import differences
+
+yaml = pytest.importorskip("yaml")
 
 MINIMAL = {"output": "out", "model": {"name": "m"}, "data": {"train": "t.csv"}}
 INSTRUCTION = {**MINIMAL, "task": "instruction"}
