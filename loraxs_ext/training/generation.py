@@ -106,8 +106,17 @@ def answer_all(writer: Writer, rows: Sequence[tuple[Row, str]], file: AnswersFil
 
     Returns:
         rows, correct, unread (no answer could be read), exact_match = correct / rows, and its standard error.
+
+    Raises:
+        ValueError: a reference cannot be read.
     """
     batch = writer.settings.batch
+    # A reference that cannot be read is found before hours of generating.
+    for i, (_, reference) in enumerate(rows):
+        try:
+            grade("", reference, writer.settings.grader)
+        except ValueError as error:
+            raise ValueError(f"data.test, row {i}: {error}") from None
     todo = [i for i in range(len(rows)) if i not in file.rows]
     with tqdm(total=len(rows), initial=len(rows) - len(todo), desc="answers", unit="row") as bar:
         for start in range(0, len(todo), batch):

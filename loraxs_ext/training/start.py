@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from loraxs_ext.peft import LoraXSConfig
 
 WEIGHTS = "adapter_model.safetensors"
-# Under other values of these the same R means another ΔW.
-_SAME = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
+# Under other values of these the same R means another ΔW, or the file holds other tensors.
+_SAME = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "save_basis")
 
 
 def continue_from(model: PeftModel, folder: str, keep_head: Literal["matching", "all", "none"]) -> list[str]:

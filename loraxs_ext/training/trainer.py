@@ -92,6 +92,9 @@ def make_trainer(
     """The Trainer, and the callback that knows how long all sessions of the run have taken."""
     keeper = Keeper(folder, float(folder.facts_of(resume)["seconds"]) if resume else 0.0)
     step = int(resume.name.rpartition("-")[2]) if resume else 0
+    callbacks: list[TrainerCallback] = [keeper]
+    if arguments.process_index == 0:
+        callbacks.append(TensorBoardCallback(_summary_writer(folder, step)))
     trainer = Trainer(
         model=prepared.model,
         args=arguments,
@@ -100,7 +103,7 @@ def make_trainer(
         data_collator=prepared.collate,
         compute_metrics=prepared.metrics,
         optimizers=(adamw(prepared.model, run.training), None),
-        callbacks=[keeper, TensorBoardCallback(_summary_writer(folder, step))],
+        callbacks=callbacks,
     )
     return trainer, keeper
 

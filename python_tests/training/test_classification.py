@@ -100,7 +100,8 @@ def test_hidden_and_partial_test_labels(tmp_path):
 
 
 def test_train_then_evaluate(review_run):
-    run = make_run(review_run, {"training.epochs": 3, "training.best": "matthews"})
+    changes = {"training.epochs": 3, "training.best": "matthews"}
+    run = make_run(review_run, changes)
     result = train(run)
     head = 2 * 16 + 2
     assert result["parameters"]["head"] == head and result["parameters"]["adapter"] % 16 == 0
@@ -120,13 +121,10 @@ def test_train_then_evaluate(review_run):
     # The rows of dev give what the Trainer measured on them, so the adapter and its head are what was trained.
     _, dev, _ = read_splits(run.data)
     again = evaluate(
-        make_run(review_run, {**TRAINED, "data.test": write_jsonl(Path(run.output) / "dev.jsonl", dev.rows)})
+        make_run(review_run, {**changes, "data.test": write_jsonl(Path(run.output) / "dev.jsonl", dev.rows)})
     )
     for name in ("accuracy", "f1", "matthews"):
         assert again[name] == pytest.approx(result["dev"][name])
-
-
-TRAINED = {"training.epochs": 3, "training.best": "matthews"}
 
 
 def test_nothing_trained_is_nothing_to_evaluate(review_run):

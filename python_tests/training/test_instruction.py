@@ -141,6 +141,14 @@ def test_an_interrupted_evaluation_goes_on(writer, tmp_path, monkeypatch):
     assert answer_all(writer, rows, AnswersFile(path, {"a": 1})) == whole
 
 
+def test_an_unreadable_reference_is_found_first(writer, tmp_path):
+    rows = [({"prompt": "1 + 1"}, "2"), ({"prompt": "1 + 2"}, "three")]
+    file = AnswersFile(tmp_path / "answers.jsonl", {})
+    with pytest.raises(ValueError, match=r"data\.test, row 1: reference: expected a number"):
+        answer_all(writer, rows, file)
+    assert file.rows == {}
+
+
 def test_answers_of_something_else_are_not_mixed_in(tmp_path):
     path = tmp_path / "answers.jsonl"
     AnswersFile(path, {"adapter": "x"}).add([{"row": 0, "answer": None, "correct": False}])
