@@ -87,7 +87,7 @@ def test_pairs_and_dynamic_padding(bert):
     assert [len(example["input_ids"]) for example in examples] == [5, 8]
     assert batch["input_ids"].shape == (2, 8) and batch["labels"].tolist() == [0, 1]
     assert batch["attention_mask"].sum(1).tolist() == [5, 8]
-    assert batch["token_type_ids"][0].tolist() == [0, 0, 0, 0, 1, 0, 0, 0]
+    assert tokenizer.decode(batch["input_ids"][0]).split()[:5] == ["<s>", "good", "film", "<s>", "bad"]
 
 
 def test_hidden_and_partial_test_labels(tmp_path):
