@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
 from .answers import grade
 from .instruction import Template
@@ -87,13 +89,28 @@ class Writer:
         pad, device = tokenizer.pad_token_id, self.model.device
         ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
         mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
-        stop = {"stop_strings": settings.stop, "tokenizer": tokenizer} if settings.stop else {}
+        stop = StoppingCriteriaList([_Stop(tokenizer, settings.stop, width)] if settings.stop else [])
         output = self.model.generate(
             input_ids=ids, attention_mask=mask, max_new_tokens=settings.max_new_tokens, num_beams=settings.beams,
-            do_sample=False, temperature=None, top_p=None, top_k=None, use_cache=True, **stop,
+            do_sample=False, temperature=None, top_p=None, top_k=None, use_cache=True,
+            stopping_criteria=stop,
         )  # fmt: skip
         texts = tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
         return [_cut(text, settings.stop) for text in texts]
+
+
+class _Stop(StoppingCriteria):
+    """Ends a row once a text of `stop` is in it; transformers' own criterion does not take every tokenizer."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str], width: int) -> None:
+        self.tokenizer, self.stop, self.width = tokenizer, stop, width
+        # A character takes four tokens at most, those of its bytes.
+        self.tokens = 4 * max(map(len, stop))
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Any:
+        new = input_ids[:, self.width :][:, -self.tokens :]
+        texts = self.tokenizer.batch_decode(new, skip_special_tokens=True)
+        return torch.tensor([any(word in text for word in self.stop) for text in texts], device=input_ids.device)
 
 
 def answer_all(writer: Writer, rows: Sequence[tuple[Row, str]], file: AnswersFile) -> dict[str, Any]:

@@ -55,7 +55,11 @@ def save_llama(folder: Path, *, chat: bool = False) -> str:
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
     tokens = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
-    config = LlamaConfig(vocab_size=len(WORDS), intermediate_size=48, max_position_embeddings=64, **sizes, **tokens)
+    # Large weights: the frozen head must be able to prefer one word clearly.
+    config = LlamaConfig(
+        vocab_size=len(WORDS), intermediate_size=48, max_position_embeddings=64, initializer_range=0.2,
+        **sizes, **tokens,
+    )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)
     save_tokenizer(folder, chat=chat)
     return str(folder)
