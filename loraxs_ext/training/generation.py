@@ -151,9 +151,9 @@ def answer_all(writer: Writer, rows: Sequence[tuple[Row, str]], file: AnswersFil
     found = [file.rows[i] for i in range(len(rows))]
     correct, unread = sum(entry["correct"] for entry in found), sum(entry["answer"] is None for entry in found)
     share = correct / len(found)
-    error = (share * (1 - share) / len(found)) ** 0.5
+    deviation = (share * (1 - share) / len(found)) ** 0.5
     return {
-        "rows": len(found), "correct": correct, "unread": unread, "exact_match": share, "standard_error": error,
+        "rows": len(found), "correct": correct, "unread": unread, "exact_match": share, "standard_error": deviation,
     }  # fmt: skip
 
 

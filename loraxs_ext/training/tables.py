@@ -88,8 +88,10 @@ def split_off(rows: Sequence[Row], size: float, columns: Sequence[str]) -> tuple
 
 
 def content_digest(path: str) -> str:
-    """64 bits of what the file, or the `datasets` folder, holds, in hex."""
+    """64 bits of what the file, or the `datasets` folder, holds, in hex; FileNotFoundError if there is neither."""
     place = Path(path)
+    if not place.exists():
+        raise FileNotFoundError(f"expected a file or a `datasets` folder, found nothing at {path}")
     digest = hashlib.blake2b(digest_size=8)
     for file in sorted(place.rglob("*.arrow")) if place.is_dir() else [place]:
         with open(file, "rb") as stream:

@@ -44,7 +44,7 @@ def dpo_step(model: PeftModel, optimizer: torch.optim.Optimizer, reference) -> N
     with torch.no_grad():
         frozen = reference(CHOSEN) - reference(REJECTED)
     margin = log_probability(model, CHOSEN) - log_probability(model, REJECTED) - frozen
-    -torch.nn.functional.logsigmoid(margin).mean().backward()
+    (-torch.nn.functional.logsigmoid(margin).mean()).backward()
     optimizer.step()
     optimizer.zero_grad()
 
