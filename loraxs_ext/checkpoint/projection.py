@@ -10,13 +10,13 @@ import dataclasses
 import math
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
 
-from loraxs_ext.layers import LoraXSLayer
+from loraxs_ext.layers import CoreMatrix, LoraXSLayer
 from loraxs_ext.peft import LoraXSConfig
 from loraxs_ext.peft.transport import relative_distance, transport
 
@@ -201,7 +201,7 @@ def project(layer: LoraXSLayer, adapter: str, lora: LoraModule | None) -> Module
     Raises:
         ValueError: the LoRA has other sizes than the layer.
     """
-    core, rank = layer.core(adapter).weight, layer.r[adapter]
+    core, rank = cast(CoreMatrix, layer.core(adapter)).weight, layer.r[adapter]
     if lora is None:
         core.zero_()
         return ModuleResidual(layer.key, rank, 0.0, 0.0)
