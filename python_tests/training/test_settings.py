@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 
-from loraxs_ext.peft import LoraXSConfig
 from loraxs_ext.training import PRESETS, TASKS, commented_yaml, make_run, read_run
 from loraxs_ext.training.settings import differences
 
