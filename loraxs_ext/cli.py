@@ -19,7 +19,7 @@ import torch
 
 from . import __version__, ops
 from .basis.cache import cache_directory
-from .commands import init
+from .commands import advise, init
 
 REQUIRED = ("torch", "numpy", "safetensors", "transformers", "peft", "tqdm")
 OPTIONAL = ("triton", "accelerate")
@@ -215,6 +215,7 @@ def _as_text(report: dict[str, Any]) -> str:
 
 COMMANDS = {
     "init": Command(init.HELP, init.add_arguments, init.run),
+    "advise": Command(advise.HELP, advise.add_arguments, advise.run),
     "doctor": Command("print versions, devices and who computes each op", _doctor_arguments, _doctor),
 }
 
