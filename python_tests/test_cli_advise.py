@@ -49,7 +49,8 @@ def report(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict[str, 
 def failure(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     assert advise(*arguments) == 1
     printed = capsys.readouterr()
-    assert printed.out == "" and printed.err.startswith("loraxs advise: ")
+    # After whatever bars transformers draws while it loads a model.
+    assert printed.out == "" and "loraxs advise: " in printed.err
     return printed.err
 
 
@@ -65,7 +66,8 @@ def test_the_advised_ranks_are_those_of_the_model_they_make(
     if kind == "decoder":
         model, task = AutoModelForCausalLM.from_pretrained(arguments[0]), "CAUSAL_LM"
     else:
-        model, task = AutoModelForSequenceClassification.from_pretrained(arguments[0], num_labels=3), "SEQ_CLS"
+        options = {"num_labels": 3, "ignore_mismatched_sizes": True}
+        model, task = AutoModelForSequenceClassification.from_pretrained(arguments[0], **options), "SEQ_CLS"
         assert found["new_head"]
     layers = layers_of(get_peft_model(model, LoraXSConfig(task_type=task, **found["config"])))
     assert {layer.key: layer.r["default"] for layer in layers} == {name: r for name, r in ranks.items() if r}
