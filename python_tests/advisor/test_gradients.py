@@ -10,6 +10,7 @@ import pytest
 import torch
 from peft import get_peft_model
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from loraxs_ext import LoraXSConfig
 from loraxs_ext.advisor import ModuleGradient, measure, model_loss
@@ -41,9 +42,11 @@ def dense(model: nn.Module, names: Sequence[str], batches: Sequence[Batch]) -> d
     for batch in batches:
         model_loss(model, batch).backward()
     grads = {name: model.get_submodule(name).weight.grad for name in names}
-    return {
-        name: grad.mT if "Conv1D" in type(model.get_submodule(name)).__name__ else grad for name, grad in grads.items()
-    }
+    return {name: grad.mT if is_transposed(model, name) else grad for name, grad in grads.items()}
+
+
+def is_transposed(model: nn.Module, name: str) -> bool:
+    return isinstance(model.get_submodule(name), Conv1D)
 
 
 def weight(model: nn.Module, name: str) -> Tensor:
