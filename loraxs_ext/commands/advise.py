@@ -18,7 +18,7 @@ from loraxs_ext.peft import LoraXSConfig
 from .advice_plot import plot
 from .summary import needs_matplotlib
 
-HELP = "advise a rank for every module of a model, for a budget of parameters"
+HELP = "advise ranks for a budget of parameters"
 DESCRIPTION = """
 Run one backward pass over calibration text and say how a budget of parameters (the sum of r² over all modules) is best
 spent: a table, an explanation, and a configuration ready to use. It costs about as much as one epoch over the rows.
