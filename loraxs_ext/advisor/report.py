@@ -75,8 +75,8 @@ def explain(advice: Advice) -> str:
 
 
 _EVIDENCE = (
-    "Either way it speaks of the start of training: on real tasks, ranks that held about twice the sum have not "
-    "trained better than uniform ones so far."
+    "Either way it speaks of the start of training: on three real tasks, ranks that held about twice the sum "
+    "did not reliably train better than uniform ones."
 )
 _TOO_SMALL = (
     "Advice: take the advised ranks: the budget is less than one parameter for each of the {modules} modules, so that "
