@@ -14,8 +14,8 @@ from .allocation import allocate, uniform_rank
 from .gradients import GRADIENT_MEMORY, Batch, Loss, ModuleGradient, measure, model_loss
 from .patterns import with_ranks
 
-# Whether ranks that promise more gained energy are recommended. In benchmarks/advice.py (2,304 parameters, 3 seeds) they
-# held 1.8 to 2.4 times as much of it, and test accuracy differed by -0.9 ± 0.8, -0.4 ± 0.5 and +1.5 ± 0.8 points.
+# Whether ranks that promise more gained energy are recommended. In benchmarks/advice.py (2,304 parameters, 3 seeds)
+# they held 1.8 to 2.4 times as much of it, and test accuracy differed by -0.9 ± 0.8, -0.4 ± 0.5 and +1.5 ± 0.8 points.
 FOLLOW_GRADIENTS = False
 
 Choice = Literal["uniform", "advised"]
