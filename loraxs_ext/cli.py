@@ -19,7 +19,7 @@ import torch
 
 from . import __version__, ops
 from .basis.cache import cache_directory
-from .commands import evaluate, export, import_, init, merge, train
+from .commands import advise, evaluate, export, import_, init, merge, train
 
 REQUIRED = ("torch", "numpy", "safetensors", "transformers", "peft", "tqdm")
 OPTIONAL = ("triton", "accelerate")
@@ -215,6 +215,7 @@ def _as_text(report: dict[str, Any]) -> str:
 
 COMMANDS = {
     "init": Command(init.HELP, init.add_arguments, init.run),
+    "advise": Command(advise.HELP, advise.add_arguments, advise.run),
     "train": Command(train.HELP, train.add_arguments, train.run),
     "eval": Command(evaluate.HELP, evaluate.add_arguments, evaluate.run),
     "merge": Command(merge.HELP, merge.add_arguments, merge.run),

@@ -95,7 +95,7 @@ def plot(modules: Sequence[ModuleBasis], path: Path, title: str) -> None:
 
     kinds: dict[str, list[ModuleBasis]] = {}
     for module in modules:
-        kinds.setdefault(_kind(module.name), []).append(module)
+        kinds.setdefault(kind_of(module.name), []).append(module)
     columns = min(4, len(kinds))
     rows = math.ceil(len(kinds) / columns)
     figure = Figure(figsize=(3.2 * columns, 2.6 * rows), layout="constrained")
@@ -118,7 +118,7 @@ def plot(modules: Sequence[ModuleBasis], path: Path, title: str) -> None:
     figure.savefig(path, dpi=150)
 
 
-def _kind(name: str) -> str:
+def kind_of(name: str) -> str:
     """The name without its layer number: what stands behind it."""
     parts = name.split(".")
     numbers = [i for i, part in enumerate(parts) if part.isdigit()]
