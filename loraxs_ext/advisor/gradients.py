@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from loraxs_ext.layers import LoraXSLayer
+from loraxs_ext.layers import CoreMatrix, LoraXSLayer
 from loraxs_ext.peft import LoraXSConfig, LoraXSModel
 
 Batch = Mapping[str, Any]
@@ -142,7 +142,7 @@ def _pass(
     bar: tqdm,
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
     """∂L/∂R of all layers by half, and ‖∂L/∂W‖² of those in `group`."""
-    cores = {name: layer.core(_ADAPTER).weight for name, layer in layers.items()}
+    cores = {name: cast(CoreMatrix, layer.core(_ADAPTER)).weight for name, layer in layers.items()}
     halves = {name: torch.zeros(2, *core.shape, dtype=torch.float64) for name, core in cores.items()}
     with ExitStack() as hooks:
         sums = {name: hooks.enter_context(_weight_gradient(layers[name])) for name in group}

@@ -238,9 +238,18 @@ def test_configurations_that_do_not_fit(llama: Case, folder, changes, message):
     expect_refusal(llama, folder, message)
 
 
+def test_embeddings(llama: Case, tmp_path):
+    theirs = peft_model(llama, target_modules=["embed_tokens", "q_proj"])
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = load_tinylora(llama.base(), tmp_path / "theirs")
+    same(logits(ours, llama.inputs()), logits(theirs, llama.inputs()))
+    save_tinylora(ours, tmp_path / "back")
+    same(by_peft(llama, tmp_path / "back"), logits(theirs, llama.inputs()))
+
+
 def test_other_modules(llama: Case, folder):
-    edit_config(folder, target_modules=["embed_tokens", "q_proj"])
-    expect_refusal(llama, folder, "expected torch.nn.Linear", TypeError)
+    edit_config(folder, target_modules=["input_layernorm", "q_proj"])
+    expect_refusal(llama, folder, "expected a linear layer", TypeError)
 
 
 A = "base_model.model.model.layers.0.self_attn.q_proj.tinylora_A"
