@@ -193,7 +193,9 @@ def test_no_weights() -> None:
 
 
 def test_progress_bar(capsys: pytest.CaptureFixture[str]) -> None:
-    decompose({"w": gaussian(20, 30)}, 2)
+    weights = {"q": gaussian(20, 30), "k": gaussian(20, 30)}
+    decompose(weights, 2)
     assert "basis" in capsys.readouterr().err
-    decompose({"w": gaussian(20, 30)}, 2, progress=False)
+    decompose(weights, 2, progress=False)
+    decompose({"q": weights["q"]}, 2)
     assert capsys.readouterr().err == ""
