@@ -59,7 +59,7 @@ class RowNorms(nn.Module):
 
     Args:
         rho: [N], ρ_i = ‖w_i − c_i Qᵀ‖², where a = L Qᵀ with QᵀQ = 1.
-        c: [N, r], c = W Q.
+        c: [N, r], c = W Q; kept so that c.mT is contiguous, for the ops.
         root: [r, r], L.
     """
 
@@ -69,8 +69,8 @@ class RowNorms(nn.Module):
 
     def __init__(self, rho: Tensor, c: Tensor, root: Tensor) -> None:
         super().__init__()
-        for name, tensor in (("rho", rho), ("c", c), ("root", root)):
-            self.register_buffer(name, tensor.contiguous(), persistent=False)
+        for name, tensor in (("rho", rho.contiguous()), ("c", c.mT.contiguous().mT), ("root", root.contiguous())):
+            self.register_buffer(name, tensor, persistent=False)
 
     @classmethod
     def measure(cls, weight: Tensor, a: Tensor, dtype: torch.dtype) -> RowNorms:
