@@ -144,7 +144,8 @@ def forward(layer: LoraXSLinear, x: Tensor, args: tuple, kwargs: dict[str, Any])
     magnitudes: Any = layer._modules["loraxs_magnitude"]
     active = [name for name in layer.active_adapters if name in layer.r]
     scaled = [(name, layer.active_paths([name])[0]) for name in active if name in magnitudes._modules]
-    others = layer.active_paths([name for name in active if name not in magnitudes._modules])
+    plain = len(active) > len(scaled)
+    others = layer.active_paths([name for name in active if name not in magnitudes._modules]) if plain else []
     if not scaled:
         return layer.run(x, others, args, kwargs)
     name, path = scaled[0]
