@@ -64,6 +64,21 @@ struct RescaleGradients {
 template <class T, class P>
 void rescale_backward(const RescaleGradients<T, P>&);
 
+// inverse = 1 / ‖·‖ and g = m / ‖·‖ with ‖·‖² = rho + |t|², t = (c + s b R L) sigma, for every slot's R; 0 where ‖·‖
+// is.
+template <class T>
+struct RowScales {
+  int64_t N, r, S;
+  const T* bt;                     // [r, N]
+  const acc_t<T>* ct;              // [r, N]; null: b in the place of c
+  const acc_t<T>*pages, *root;     // [S, r, r], [r, r]; root null: L = 1
+  const acc_t<T>*sigma, *rho, *m;  // [r] or null for 1, [N], [S, N]
+  acc_t<T>*g, *inverse;            // [S, N]
+  double scale;
+};
+template <class T>
+void row_scale(const RowScales<T>&);
+
 // out = (x wᵀ) w in one pass over w: x, out [l, n]; w [m, n]; all contiguous.
 struct GramProduct {
   int64_t l, m, n;

@@ -5,6 +5,7 @@
 #include "cpu/paged.h"
 #include "cpu/project.h"
 #include "cpu/rescale.h"
+#include "cpu/row_scale.h"
 
 namespace loraxs::cpu {
 namespace {
@@ -26,6 +27,9 @@ constexpr Kernels level(Dense<bf16> half = {project<bf16>, expand<bf16>}, Fused<
       scaled<bf16, float>,
       scaled<f16, f16>,
       scaled<f16, float>,
+      {row_scale<float>},
+      {row_scale<bf16>},
+      {row_scale<f16>},
       fused_single,
       fused_half,
   };

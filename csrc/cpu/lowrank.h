@@ -122,6 +122,25 @@ struct Scaled {
   void (*total)(const Total<acc_t<T>, P>&);
 };
 
+// inverse = 1 / ‖·‖ and g = m * inverse with ‖·‖² = rho + sum_j t_j², t_j = (c_j + s sum_k b_k core[k, j]) sigma_j, for
+// the rows n0 .. n1 of W and one slot. b, c are contiguous along N.
+template <class T>
+struct RowScale {
+  const T* bt;            // [r, N]
+  const acc_t<T>* ct;     // [r, N]; null: b in the place of c
+  const acc_t<T>* core;   // [r, r], R L
+  const acc_t<T>* sigma;  // null: 1
+  const acc_t<T>*rho, *m;
+  acc_t<T>*g, *inverse;
+  int64_t N, r, n0, n1;
+  acc_t<T> scale;
+};
+
+template <class T>
+struct Lengths {
+  void (*row_scale)(const RowScale<T>&);
+};
+
 // Tokens in the layout that a level's product wants to find them in, zeros in the place of tokens that do not exist.
 template <class T, class In>
 struct Pack {
@@ -169,13 +188,17 @@ struct Kernels : Dense<float>,
                  Scaled<bf16, float>,
                  Scaled<f16, f16>,
                  Scaled<f16, float>,
+                 Lengths<float>,
+                 Lengths<bf16>,
+                 Lengths<f16>,
                  Fused<float>,
                  Fused<bf16> {};
 struct Kernels64 : Dense<double>,
                    Paged<double, double>,
                    Paged<double, float>,
                    Scaled<double, double>,
-                   Scaled<double, float> {};
+                   Scaled<double, float>,
+                   Lengths<double> {};
 
 extern const Kernels portable_kernels, avx2_kernels, avx512_kernels, avx512_bf16_kernels, amx_bf16_kernels;
 extern const Kernels64 portable_kernels64;

@@ -11,6 +11,7 @@ const Kernels64 portable_kernels64 = {
     {rotate<double, float>, outer<double, float>},
     scaled<double, double>,
     scaled<double, float>,
+    {row_scale<double>},
 };
 
 }  // namespace loraxs::cpu

@@ -43,6 +43,10 @@ struct Vec<float> {
   Vec fma(Vec a, Vec b) const { return {_mm256_fmadd_ps(a.v, b.v, v)}; }
   Vec operator+(Vec o) const { return {_mm256_add_ps(v, o.v)}; }
   Vec operator*(Vec o) const { return {_mm256_mul_ps(v, o.v)}; }
+  Vec inverse_root() const {
+    const __m256 positive = _mm256_cmp_ps(v, _mm256_setzero_ps(), _CMP_GT_OQ);
+    return {_mm256_and_ps(positive, _mm256_div_ps(_mm256_set1_ps(1), _mm256_sqrt_ps(v)))};
+  }
   Vec keep_lanes(uint32_t bits) const {
     const __m256i lane = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
     const __m256i on = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(int(bits)), lane), lane);

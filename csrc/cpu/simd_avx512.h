@@ -36,6 +36,10 @@ struct Vec<float> {
   Vec fma(Vec a, Vec b) const { return {_mm512_fmadd_ps(a.v, b.v, v)}; }
   Vec operator+(Vec o) const { return {_mm512_add_ps(v, o.v)}; }
   Vec operator*(Vec o) const { return {_mm512_mul_ps(v, o.v)}; }
+  Vec inverse_root() const {
+    const __mmask16 positive = _mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_GT_OQ);
+    return {_mm512_maskz_div_ps(positive, _mm512_set1_ps(1), _mm512_sqrt_ps(v))};
+  }
   Vec keep_lanes(uint32_t bits) const { return {_mm512_maskz_mov_ps(__mmask16(bits), v)}; }
   static void sum4(Vec a, Vec b, Vec c, Vec d, float alpha, bool fresh, float out[4]) {
     const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a.v, b.v), _mm512_unpackhi_ps(a.v, b.v));

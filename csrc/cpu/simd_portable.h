@@ -1,9 +1,9 @@
 // Plain C++ vectors: 16 bytes' worth of a loop that any compiler can vectorise. Also the only fp64 path.
 //
 // Each simd_*.h offers the same names: Vec<acc> with load/store (whole and first-n) from every element type, fma, sum4,
-// keep_lanes, plus keep_words, and the register-block sizes that suit the instruction set. Everything is in an
-// anonymous namespace: the files that include this are compiled for different CPUs, and the linker must not merge their
-// copies.
+// inverse_root, keep_lanes, plus keep_words, and the register-block sizes that suit the instruction set. Everything is in
+// an anonymous namespace: the files that include this are compiled for different CPUs, and the linker must not merge
+// their copies.
 #pragma once
 #include <cmath>
 #include <cstring>
@@ -118,6 +118,12 @@ struct Vec {
   Vec operator*(const Vec& o) const {
     Vec r;
     for (int i = 0; i < lanes; ++i) r.v[i] = v[i] * o.v[i];
+    return r;
+  }
+  // 1 / √v, and zero where v is not positive.
+  Vec inverse_root() const {
+    Vec r;
+    for (int i = 0; i < lanes; ++i) r.v[i] = v[i] > 0 ? 1 / std::sqrt(v[i]) : A(0);
     return r;
   }
   // Lanes whose bit is 0 become zero.

@@ -103,9 +103,14 @@ void Problem::pages(const Tensor& t) {
   per_slot("pages", t);
 }
 
-void Problem::factors(const Tensor& t) {
-  shape("g", t, {&S, &N});
-  per_slot("g", t);
+void Problem::factors(const char* name, const Tensor& t) {
+  shape(name, t, {&S, &N});
+  per_slot(name, t);
+}
+
+void Problem::accumulated(const char* name, const Tensor& t, std::initializer_list<Dim*> dims) {
+  shape(name, t, dims);
+  expect_dtype(op, name, t, accumulate_dtype(dtype), "");
 }
 
 void Problem::per_slot(const char* name, const Tensor& t) {
@@ -161,11 +166,6 @@ void Problem::on_device(int32_t device, std::initializer_list<std::pair<const ch
     if (t != nullptr && !(t->is_cuda() && t->get_device_index() == device))
       fail(op, name, "device cuda:" + std::to_string(device),
            t->is_cuda() ? "cuda:" + std::to_string(t->get_device_index()) : "another device");
-}
-
-void Problem::saved_p(const Tensor& t) {
-  shape("p", t, {&M, &r});
-  expect_dtype(op, "p", t, accumulate_dtype(dtype), "");
 }
 
 ScalarType accumulate_dtype(ScalarType dtype) {

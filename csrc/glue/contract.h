@@ -37,8 +37,10 @@ class Problem {
   // An argument of exactly these dimensions in the common dtype.
   void plain(const char* name, const Tensor& t, std::initializer_list<Dim*> dims);
   void pages(const Tensor& t);
-  // g [S, N], in a dtype that pages may have.
-  void factors(const Tensor& t);
+  // Factors [S, N], in a dtype that pages may have.
+  void factors(const char* name, const Tensor& t);
+  // An argument of exactly these dimensions in the accumulation dtype.
+  void accumulated(const char* name, const Tensor& t, std::initializer_list<Dim*> dims);
   // Contiguous slots, every value checked on the CPU; null when absent.
   const int32_t* slots(const MaybeTensor& t);
   void dropout(double p_drop, const MaybeTensor& rng);
@@ -47,7 +49,6 @@ class Problem {
   MaybeTensor device_dropout(double p_drop, const MaybeTensor& rng);
   // Every tensor that is given lies on this CUDA device.
   void on_device(int32_t device, std::initializer_list<std::pair<const char*, const Tensor*>> tensors) const;
-  void saved_p(const Tensor& t);
 
   bool empty() const { return M.size == 0 || K.size == 0 || N.size == 0; }
   const Dropout* mask() const { return masked_ ? &dropout_ : nullptr; }

@@ -19,7 +19,7 @@ std::tuple<Tensor, Tensor> linear_backward(const Tensor& dy, const MaybeTensor& 
   g.plain("a", a, {&g.r, &g.K});
   g.plain("b", b, {&g.N, &g.r});
   g.pages(pages);
-  g.saved_p(p);
+  g.accumulated("p", p, {&g.M, &g.r});
   g.dropout(p_drop, rng);
   const int32_t* s = g.slots(slots);
 

@@ -11,7 +11,7 @@ namespace {
 Tensor rescale(const Tensor& z, const Tensor& g, const MaybeTensor& slots, const MaybeTensor& bias) {
   Problem c("rescale");
   c.rows("z", z, c.N);
-  c.factors(g);
+  c.factors("g", g);
   const int32_t* s = c.slots(slots);
   if (bias) c.plain("bias", *bias, {&c.N});
 
@@ -34,7 +34,7 @@ std::tuple<Tensor, Tensor> rescale_backward(const Tensor& dy, const MaybeTensor&
   Problem c("rescale_backward");
   c.rows("dy", dy, c.N);
   if (z) c.rows("z", *z, c.N);
-  c.factors(g);
+  c.factors("g", g);
   const int32_t* s = c.slots(slots);
 
   const NoGrad no_grad;

@@ -59,7 +59,7 @@ class RowNorms(nn.Module):
 
     Args:
         rho: [N], ρ_i = ‖w_i − c_i Qᵀ‖², where a = L Qᵀ with QᵀQ = 1.
-        c: [N, r], c = W Q.
+        c: [N, r], c = W Q; kept so that c.mT is contiguous, for the ops.
         root: [r, r], L.
     """
 
@@ -69,8 +69,8 @@ class RowNorms(nn.Module):
 
     def __init__(self, rho: Tensor, c: Tensor, root: Tensor) -> None:
         super().__init__()
-        for name, tensor in (("rho", rho), ("c", c), ("root", root)):
-            self.register_buffer(name, tensor.contiguous(), persistent=False)
+        for name, tensor in (("rho", rho.contiguous()), ("c", c.mT.contiguous().mT), ("root", root.contiguous())):
+            self.register_buffer(name, tensor, persistent=False)
 
     @classmethod
     def measure(cls, weight: Tensor, a: Tensor, dtype: torch.dtype) -> RowNorms:
@@ -144,7 +144,8 @@ def forward(layer: LoraXSLinear, x: Tensor, args: tuple, kwargs: dict[str, Any])
     magnitudes: Any = layer._modules["loraxs_magnitude"]
     active = [name for name in layer.active_adapters if name in layer.r]
     scaled = [(name, layer.active_paths([name])[0]) for name in active if name in magnitudes._modules]
-    others = layer.active_paths([name for name in active if name not in magnitudes._modules])
+    plain = len(active) > len(scaled)
+    others = layer.active_paths([name for name in active if name not in magnitudes._modules]) if plain else []
     if not scaled:
         return layer.run(x, others, args, kwargs)
     name, path = scaled[0]

@@ -87,8 +87,8 @@ def test_fake_kernels_know_shapes_and_dtypes(device):
 def test_every_op_has_an_owner_on_every_device():
     owners = ops.backends.owners()
     assert set(owners) == set(OPS)
-    # On the CPU, row_scale is two small matmuls per layer and call: plain torch is fast enough. The decomposition of a
-    # weight is made of large products, which torch does best. Layers share a projection on other devices only.
-    plain = {"row_scale", "orthonormalize", "randomized_svd", "project", "linear_projected"}
+    # The decomposition of a weight is made of large products, which torch does best. Layers share a projection on other
+    # devices only.
+    plain = {"orthonormalize", "randomized_svd", "project", "linear_projected"}
     compiled = set(OPS) - plain if ops.backends.COMPILED else set()
     assert {op for op, table in owners.items() if table["cpu"] == "C++"} == compiled

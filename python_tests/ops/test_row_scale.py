@@ -254,3 +254,56 @@ def test_fake_kernel_knows_shapes_and_dtypes(device):
         g, inverse_norm = torch.ops.loraxs.row_scale(rho, b, pages, None, m.bfloat16(), 1.0)
         assert (g.shape, g.dtype, g.device.type) == ((5, 12), torch.bfloat16, device)
         assert (inverse_norm.shape, inverse_norm.dtype) == ((5, 12), torch.float32)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp64"])
+def test_pages_and_magnitudes_in_fp32(dtype):
+    p = make_scaling(SHAPES["rank 5"], "any basis").to(DTYPES[dtype], torch.float32)
+    got = torch.ops.loraxs.row_scale(*p.args())
+    assert [t.dtype for t in got] == [torch.float32, p.rho.dtype]
+    exact, plain = (reference.row_scale(*q.args()) for q in (p.to(torch.float64), p))
+    for name, ours, theirs, truth in zip(("g", "inverse_norm"), got, plain, exact, strict=True):
+        assert_within_twice(ours, theirs, truth, name)
+
+
+def test_strides_do_not_matter():
+    p = make_scaling(SHAPES["rank 5"], "any basis").to(torch.float32)
+    expected = torch.ops.loraxs.row_scale(*p.args())
+    turned = {name: getattr(p, name).mT.contiguous().mT for name in ("b", "pages", "m", "c", "root")}
+    got = torch.ops.loraxs.row_scale(*replace(p, **turned, rho=p.rho.repeat_interleave(2)[::2]).args())
+    for ours, truth in zip(got, expected, strict=True):
+        torch.testing.assert_close(ours, truth, rtol=1e-6, atol=0)
+
+
+if ops.backends.COMPILED:
+    from loraxs_ext import _C
+
+    FEATURES = {"portable": True, **_C.cpu_features()}
+
+    @pytest.mark.parametrize("isa", [name for name in _C.build_info()["cpu_isas"] if FEATURES[name]])
+    @pytest.mark.parametrize("form", FORMS)
+    @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+    def test_every_instruction_set(isa, dtype, form):
+        before = _C.cpu_isa()
+        _C.set_cpu_isa(isa)
+        try:
+            for shape in SHAPES:
+                test_error_within_twice_plain_torch(dtype, shape, form)
+            test_nothing_cancels_when_the_adapter_removes_the_basis(form)
+        finally:
+            _C.set_cpu_isa(before)
+
+    @pytest.mark.parametrize("form", FORMS)
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_thread_count_does_not_change_a_bit(dtype, form):
+        # Enough rows and ranks for both steps to be dealt out, with remainders.
+        p = make_scaling((600, 110, 100, 3), form).to(DTYPES[dtype])
+        before, results = torch.get_num_threads(), []
+        try:
+            for count in (1, 2, 3, 7):
+                torch.set_num_threads(count)
+                results.append(torch.ops.loraxs.row_scale(*p.args()))
+        finally:
+            torch.set_num_threads(before)
+        for others in results[1:]:
+            assert all(torch.equal(s, t) for s, t in zip(results[0], others, strict=True))

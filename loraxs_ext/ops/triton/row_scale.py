@@ -26,7 +26,7 @@ SIGMA, UNIT, GIVEN = (tl.constexpr(form) for form in range(3))
 @triton.jit
 def _row_scale_kernel(
     grho, gb, gcore, gfirst, gm, gg, ginverse, scale, N, r,
-    stride_bn, stride_br, stride_cs, stride_ck, stride_cj,
+    stride_bn, stride_br, stride_fn, stride_fr, stride_cs, stride_ck, stride_cj,
     FORM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """g, 1/‖·‖ [S, N] from core [S, r, r] = R or R L; `gfirst` is sigma [r], c [N, r] or nothing, as FORM says."""
@@ -50,12 +50,13 @@ def _row_scale_kernel(
             )  # fmt: skip
             moved = tl.dot(tb.to(tl.float32), tcore.to(tl.float32), moved, input_precision="ieee")
         if FORM == GIVEN:
-            tfirst = tl.load(gfirst + row[:, None].to(tl.int64) * r + col, mask=in_n[:, None] & (col < r), other=0.0)
+            c_rows = gfirst + row[:, None].to(tl.int64) * stride_fn
+            tfirst = tl.load(c_rows + col * stride_fr, mask=in_n[:, None] & (col < r), other=0.0)
         else:
             tfirst = tl.load(b_rows + col * stride_br, mask=in_n[:, None] & (col < r), other=0.0).to(tl.float32)
         t = tfirst + scale * moved
         if FORM == SIGMA:
-            t *= tl.load(gfirst + col, mask=col < r, other=0.0)
+            t *= tl.load(gfirst + col * stride_fr, mask=col < r, other=0.0)
         squares += tl.sum(t * t, 1)
 
     norm = tl.sqrt_rn(squares)
@@ -90,8 +91,13 @@ def row_scale(
         core, first, form = (pages.double() @ root.double()).float(), c, GIVEN
     block_r = power_of_two(r, 16, MAX_BLOCK_R)
     _row_scale_kernel[(S * triton.cdiv(N, BLOCK_N),)](
-        rho.contiguous(), b, core, None if first is None else first.contiguous(), m.contiguous(), g, inverse,
-        scale, N, r, *b.stride(), *core.stride(),
+        rho.contiguous(), b, core, first, m.contiguous(), g, inverse,
+        scale, N, r, *b.stride(), *_strides(first), *core.stride(),
         FORM=form, BLOCK_N=BLOCK_N, BLOCK_R=block_r, BLOCK_K=min(block_r, MAX_BLOCK_K),
     )  # fmt: skip
     return g, inverse
+
+
+def _strides(first: Tensor | None) -> tuple[int, ...]:
+    """Of c [N, r], or of sigma [r] as if it had rows."""
+    return (0, 0) if first is None else (0, *first.stride())[-2:]
