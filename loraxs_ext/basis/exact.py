@@ -13,6 +13,8 @@ from .orthonormal import orthonormalize_rows
 from .probes import PERMUTATION
 from .recipe import Vectors
 
+_eigh = torch.ops.loraxs._eigh.default
+
 
 class Subspace(NamedTuple):
     """Leading singular vectors of one side, before the last products.
@@ -54,7 +56,7 @@ def gram_subspace(matrices: Tensor, rank: int) -> Subspace:
         found = gram_subspace(matrices.mT, rank)
         return found._replace(basis=orthonormalize_rows(found.basis @ matrices.mT.double()))
     wide = matrices.double()
-    values, columns = torch.linalg.eigh(wide @ wide.mT)
+    values, columns = _eigh(wide @ wide.mT)
     sigma = values.flip(-1).clamp_min(0.0).sqrt()
     unknown = torch.full_like(sigma[:, :rank], torch.inf)
     steps = torch.zeros(len(matrices), dtype=torch.int64, device=matrices.device)

@@ -17,6 +17,8 @@ from .orthonormal import orthonormalize_rows
 from .precision import multiply_rows
 from .recipe import SklearnSigns
 
+_eigh = torch.ops.loraxs._eigh.default
+
 _OVERSAMPLES = 10
 
 
@@ -47,7 +49,7 @@ def sklearn_left_vectors(W: Tensor, rank: int, n_iter: int, random_state: int) -
         rows = orthonormalize_rows(multiply_rows(rows, short.mT))
     rows = orthonormalize_rows(multiply_rows(rows, short))
     image = multiply_rows(rows, short.mT).double()
-    values, rotation = torch.linalg.eigh(image @ image.mT)
+    values, rotation = _eigh(image @ image.mT)
     left = rotation.flip(-1).mT @ (image if short is W else rows.double())
     return orthonormalize_rows(left[:, :rank]).to(W.dtype), values.flip(-1).clamp_min(0.0).sqrt()[:, rank:]
 

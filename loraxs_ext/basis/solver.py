@@ -20,6 +20,8 @@ from .recipe import Recipe
 from .sklearn_svd import sklearn_left_vectors, sklearn_signs
 from .streaming import chunk_bytes
 
+_eigh = torch.ops.loraxs._eigh.default
+
 Method = Literal["auto", "block_lanczos", "chebyshev", "exact"]
 
 # On a CPU a complete fp64 eigendecomposition costs less than iterating below this side, or for large rank fractions
@@ -197,7 +199,7 @@ def _iterate(W: Tensor, rank: int, recipe: Recipe, method: Method) -> tuple[Subs
 def _finish(W: Tensor, subspace: Subspace, from_left: bool) -> Triplets:
     """Rayleigh–Ritz on the candidate subspace of one side, then the orthonormal left vectors."""
     image = multiply_rows(subspace.basis.to(W.dtype), W if from_left else W.mT).double()
-    values, rotation = torch.linalg.eigh(image @ image.mT)
+    values, rotation = _eigh(image @ image.mT)
     values, rotation = values.flip(-1).clamp_min(0.0), rotation.flip(-1).mT
     candidate = rotation @ (subspace.basis.double() if from_left else image)
     # Directions of singular values that are zero are arbitrary; fixed ones make them the same everywhere.

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from . import decode, reference
+from . import contract, decode, eigh, reference
 from .contract import LIBRARY, OPS, UNWRAPPED, check, table_of, tensors_of
 from .orthonormal import COMPILED_ROWS
 
@@ -100,6 +100,7 @@ def _register() -> bool:
         owner = _checked(op, getattr(reference, op))
         for name in filter(None, (op, UNWRAPPED.get(op))):
             LIBRARY.impl(name, owner, "CompositeExplicitAutograd")
+    LIBRARY.impl("_eigh", eigh.eigh, "CompositeExplicitAutograd")
     if BACKEND == "reference":
         return False
     compiled = _load_compiled()
@@ -129,6 +130,7 @@ def _register_triton() -> None:
             if not _has_kernel(name, "CUDA"):
                 LIBRARY.impl(name, owner, "CUDA")
                 _TRITON_OWNS.add(op)
+    LIBRARY.impl("_eigh", _eigh_on_gpu, "CUDA")
 
 
 def _decodes_in_cuda() -> bool:
@@ -163,6 +165,15 @@ def _triton_owner(op: str) -> Callable[..., Any]:
             return _launcher(TRITON_OPS[op], op)(*args, **options)
 
     return owner
+
+
+def _eigh_on_gpu(A: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`eigh` by Triton's Jacobi kernel where `by_jacobi` says so, else by torch."""
+    contract.check_symmetric(A)
+    if not (eigh.by_jacobi(A, asked_for=BACKEND == "triton") and _triton_runs_on(A.device.index)):
+        return eigh.eigh(A)
+    with torch.cuda.device(A.device):
+        return _launcher("eigh", "eigh")(A)
 
 
 @cache

@@ -86,6 +86,8 @@ for _name, _op in OPS.items():
 LIBRARY.define("_linear_decode" + OPS["linear"].schema)
 # One pass of `orthonormalize` over blocks of few rows Y [batch, k, n] on the CPU: rows, and the smallest pivot of each.
 LIBRARY.define("_cholesky_qr(Tensor Y) -> (Tensor Q, Tensor pivots)")
+# The small eigenproblems of the decompositions, A [batch, l, l] in fp64 (see eigh.py).
+LIBRARY.define("_eigh(Tensor A) -> (Tensor values, Tensor vectors)")
 
 _SHAPE = re.compile(r"(\w+)(\??)\[([^\]]*)\]")
 _SHAPES = {
@@ -269,6 +271,12 @@ def _orthonormalize_fake(Y):
     return Y.new_empty(Y.mT.shape, dtype=accumulate_dtype(Y.dtype)).mT
 
 
+@torch.library.register_fake("loraxs::_eigh", lib=LIBRARY)
+def _eigh_fake(A):
+    check_symmetric(A)
+    return A.new_empty(A.shape[:-1]), A.new_empty(A.shape).mT
+
+
 @torch.library.register_fake("loraxs::randomized_svd", lib=LIBRARY)
 def _randomized_svd_fake(W, rank, n_oversamples=32, tol=1e-3, max_iter=100, seed=0):
     check("randomized_svd", W=W)
@@ -280,6 +288,14 @@ def _randomized_svd_fake(W, rank, n_oversamples=32, tol=1e-3, max_iter=100, seed
         W.new_empty(batch, rank, dtype=dtype),
         W.new_empty(batch, rank, K, dtype=dtype),
     )
+
+
+def check_symmetric(A: Tensor) -> None:
+    """Raise ValueError unless A is fp64 [batch, l, l]; that it is symmetric is not looked at."""
+    if A.dtype != torch.float64:
+        raise ValueError(f"loraxs::_eigh: A: expected dtype torch.float64, got {A.dtype}")
+    if A.dim() != 3 or A.shape[1] != A.shape[2]:
+        raise ValueError(f"loraxs::_eigh: A: expected shape [batch, l, l], got {list(A.shape)}")
 
 
 def check_rank(W: Tensor, rank: int) -> None:
