@@ -1,8 +1,8 @@
 // Plain C++ vectors: 16 bytes' worth of a loop that any compiler can vectorise. Also the only fp64 path.
 //
 // Each simd_*.h offers the same names: Vec<acc> with load/store (whole and first-n) from every element type, fma, sum4,
-// inverse_root, keep_lanes, plus keep_words, and the register-block sizes that suit the instruction set. Everything is in
-// an anonymous namespace: the files that include this are compiled for different CPUs, and the linker must not merge
+// inverse_root, keep_lanes, plus keep_words, and the register-block sizes that suit the instruction set. Everything is
+// in an anonymous namespace: the files that include this are compiled for different CPUs, and the linker must not merge
 // their copies.
 #pragma once
 #include <cmath>
