@@ -200,9 +200,10 @@ def _as_text(report: dict[str, Any]) -> str:
     lines.append(f"  {'nvcc':<14}{report['nvcc'] or 'not found'}")
     lines += ["Cache", f"  {report['cache']['folder']}, {report['cache']['bytes'] / 1e6:.1f} MB"]
     columns = list(next(iter(report["owners"].values())))
-    lines += ["Who computes each op", f"  {'':<18}" + "".join(f"{column:<14}" for column in columns).rstrip()]
+    width = max(len(owners[columns[0]]) for owners in report["owners"].values()) + 2
+    lines += ["Who computes each op", f"  {'':<18}" + "".join(f"{column:<{width}}" for column in columns).rstrip()]
     for op, owners in report["owners"].items():
-        lines.append(f"  {op:<18}" + "".join(f"{owners[column]:<14}" for column in columns).rstrip())
+        lines.append(f"  {op:<18}" + "".join(f"{owners[column]:<{width}}" for column in columns).rstrip())
     for device, error in report["agreement"].items():
         lines.append(f"  on {device}, linear agrees with its meaning in fp64 to {error:.1e}")
     for title in ("notes", "problems"):
