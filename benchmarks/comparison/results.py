@@ -13,6 +13,8 @@ from typing import Any
 
 from benchmarks._measure import environment, write_json
 
+from .methods import ANCHOR
+from .summary import differences
 from .training import Protocol
 
 Content = dict[str, Any]
@@ -59,6 +61,7 @@ class Results:
             kept = [old for old in content["rows"] if any(old[name] != row[name] for name in KEY)]
             content["rows"] = [*kept, stamped]
             content["environment"] = self._environment
+            content["against_loraxs"] = differences(content, ANCHOR)
 
         self.change(change)
 
@@ -69,16 +72,16 @@ class Results:
     def change(self, change: Callable[[Content], None]) -> None:
         """Read, change and write the file while nobody else does."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(self.path.with_name(f".{self.path.name}.lock")):
+        with _locked(self.path.parent):
             content = self.read()
             change(content)
             write_json(self.path, content)
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold a lock that ends with the process, however that ends."""
-    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold a lock on a folder, which ends with the process however that ends."""
+    file = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
