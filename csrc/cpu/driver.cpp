@@ -7,6 +7,7 @@
 
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
+#include "cpu/row_lists.h"
 
 namespace loraxs::cpu {
 namespace {
@@ -101,21 +102,6 @@ auto expander(const T* in, T* out, const acc_t<T>* q, const T* b, int64_t M, int
               from_row(slots, m0), dropout, m0, n0, wide_enough(M, r)});
   };
 }
-
-// Rows of every slot in row order: the rows of slot i are rows[start[i] .. start[i + 1]).
-struct RowLists {
-  std::vector<int64_t> start;
-  std::vector<int32_t> rows;
-
-  RowLists(const int32_t* slots, int64_t M, int64_t S) : start(size_t(S) + 1), rows(size_t(M)) {
-    for (int64_t m = 0; m < M; ++m)
-      if (slots[m] >= 0) ++start[size_t(slots[m]) + 1];
-    for (int64_t i = 0; i < S; ++i) start[i + 1] += start[i];
-    std::vector<int64_t> next(start.begin(), start.end() - 1);
-    for (int64_t m = 0; m < M; ++m)
-      if (slots[m] >= 0) rows[size_t(next[slots[m]]++)] = int32_t(m);
-  }
-};
 
 template <class T, class P>
 void sum_pages(const Backward<T, P>& g, const acc_t<T>* dq) {

@@ -47,4 +47,21 @@ struct Backward {
 template <class T, class P>
 void backward(const Backward<T, P>&);
 
+// y = g_slot z + bias, as in lowrank.h.
+template <class T, class P>
+void rescale(const Rescale<T, P>&);
+
+// dz[m] = g_slot * dy[m];  dg[i] = sum over slot i of dy * z.
+template <class T, class P>
+struct RescaleGradients {
+  int64_t M, N, S;
+  const T *dy, *z;  // z null: dg is not needed
+  const P* g;
+  const int32_t* slots;
+  T* dz;  // null: not needed
+  P* dg;
+};
+template <class T, class P>
+void rescale_backward(const RescaleGradients<T, P>&);
+
 }  // namespace loraxs::cpu

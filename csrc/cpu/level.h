@@ -4,9 +4,13 @@
 #include "cpu/expand.h"
 #include "cpu/paged.h"
 #include "cpu/project.h"
+#include "cpu/rescale.h"
 
 namespace loraxs::cpu {
 namespace {
+
+template <class T, class P>
+constexpr Scaled<T, P> scaled = {rescale<T, P>, rescale_back<T, P>, total<acc_t<T>, P>};
 
 constexpr Kernels level(Dense<bf16> half = {project<bf16>, expand<bf16>}, Fused<float> fused_single = {},
                         Fused<bf16> fused_half = {}) {
@@ -17,6 +21,11 @@ constexpr Kernels level(Dense<bf16> half = {project<bf16>, expand<bf16>}, Fused<
       {rotate<float, float>, outer<float, float>},
       {rotate<float, bf16>, outer<float, bf16>},
       {rotate<float, f16>, outer<float, f16>},
+      scaled<float, float>,
+      scaled<bf16, bf16>,
+      scaled<bf16, float>,
+      scaled<f16, f16>,
+      scaled<f16, float>,
       fused_single,
       fused_half,
   };

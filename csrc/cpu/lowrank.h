@@ -85,6 +85,43 @@ struct Paged {
   void (*outer)(const Outer<A, P>&);
 };
 
+// y[m, n] = g[slots[m], n] * z[m, n] + bias[n]; a factor of 1 where the slot is negative.
+template <class T, class P>
+struct Rescale {
+  const T* z;
+  const P* g;
+  const int32_t* slots;  // null: row 0 of g
+  const T* bias;         // null: none
+  T* y;
+  int64_t M, N;
+};
+
+// One piece of one slot: dz[m] = g * dy[m] and sum[n] = sum_m dy[m, n] z[m, n] over the rows of the piece, in order.
+template <class T, class P>
+struct RescaleBack {
+  const T *dy, *z;
+  const P* g;           // the factors of the slot
+  const int32_t* rows;  // null: first, first + 1, …
+  int64_t first, count, N;
+  T* dz;  // null: not needed
+  acc_t<T>* sum;
+};
+
+// d[n] = sum of the pieces' sums, in order.
+template <class A, class P>
+struct Total {
+  const A* sums;
+  int64_t pieces, N;
+  P* d;
+};
+
+template <class T, class P>
+struct Scaled {
+  void (*rescale)(const Rescale<T, P>&);
+  void (*back)(const RescaleBack<T, P>&);
+  void (*total)(const Total<acc_t<T>, P>&);
+};
+
 // Tokens in the layout that a level's product wants to find them in, zeros in the place of tokens that do not exist.
 template <class T, class In>
 struct Pack {
@@ -127,9 +164,18 @@ struct Kernels : Dense<float>,
                  Paged<float, float>,
                  Paged<float, bf16>,
                  Paged<float, f16>,
+                 Scaled<float, float>,
+                 Scaled<bf16, bf16>,
+                 Scaled<bf16, float>,
+                 Scaled<f16, f16>,
+                 Scaled<f16, float>,
                  Fused<float>,
                  Fused<bf16> {};
-struct Kernels64 : Dense<double>, Paged<double, double>, Paged<double, float> {};
+struct Kernels64 : Dense<double>,
+                   Paged<double, double>,
+                   Paged<double, float>,
+                   Scaled<double, double>,
+                   Scaled<double, float> {};
 
 extern const Kernels portable_kernels, avx2_kernels, avx512_kernels, avx512_bf16_kernels, amx_bf16_kernels;
 extern const Kernels64 portable_kernels64;

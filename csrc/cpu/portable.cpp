@@ -9,6 +9,8 @@ const Kernels64 portable_kernels64 = {
     {project<double>, expand<double>},
     {rotate<double, double>, outer<double, double>},
     {rotate<double, float>, outer<double, float>},
+    scaled<double, double>,
+    scaled<double, float>,
 };
 
 }  // namespace loraxs::cpu

@@ -100,9 +100,18 @@ void Problem::plain(const char* name, const Tensor& t, std::initializer_list<Dim
 void Problem::pages(const Tensor& t) {
   shape("pages", t, {&S, &r, &r});
   if (r.size < 1) fail(op, "a", "a rank of at least 1", "0");
-  if (S.size < 1) fail(op, "pages", "at least one slot", "0");
+  per_slot("pages", t);
+}
+
+void Problem::factors(const Tensor& t) {
+  shape("g", t, {&S, &N});
+  per_slot("g", t);
+}
+
+void Problem::per_slot(const char* name, const Tensor& t) {
+  if (S.size < 1) fail(op, name, "at least one slot", "0");
   pages_dtype = t.scalar_type();
-  if (pages_dtype != ScalarType::Float) expect_dtype(op, "pages", t, dtype, " or torch.float32");
+  if (pages_dtype != ScalarType::Float) expect_dtype(op, name, t, dtype, " or torch.float32");
 }
 
 MaybeTensor Problem::device_slots(const MaybeTensor& t) {

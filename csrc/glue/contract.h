@@ -37,6 +37,8 @@ class Problem {
   // An argument of exactly these dimensions in the common dtype.
   void plain(const char* name, const Tensor& t, std::initializer_list<Dim*> dims);
   void pages(const Tensor& t);
+  // g [S, N], in a dtype that pages may have.
+  void factors(const Tensor& t);
   // Contiguous slots, every value checked on the CPU; null when absent.
   const int32_t* slots(const MaybeTensor& t);
   void dropout(double p_drop, const MaybeTensor& rng);
@@ -58,6 +60,7 @@ class Problem {
 
  private:
   void shape(const char* name, const Tensor& t, std::initializer_list<Dim*> dims);
+  void per_slot(const char* name, const Tensor& t);
 
   const char* first_ = nullptr;
   const int64_t* lead_ = nullptr;

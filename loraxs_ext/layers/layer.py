@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, Protocol, cast
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .core import CoreMatrix, InitWeights, initial_core
+from .edora import Magnitude, Norm, RowNorms
 from .routing import Route
 from .stacked import SharedProjection
 
@@ -40,7 +42,7 @@ class LoraXSLayer(nn.Module, BaseTunerLayer):
         quantization: arguments of PEFT's quantisation backends.
     """
 
-    adapter_layer_names: tuple[str, ...] = ("loraxs_R",)
+    adapter_layer_names: tuple[str, ...] = ("loraxs_R", "loraxs_magnitude")
     other_param_names: tuple[str, ...] = (
         "r",
         "lora_alpha",
@@ -52,6 +54,7 @@ class LoraXSLayer(nn.Module, BaseTunerLayer):
     base_layer: nn.Module
     loraxs_A: Tensor | None
     loraxs_Bt: Tensor | None
+    loraxs_norms: RowNorms | None
     in_features: int
     out_features: int
     route: Route | None = None
@@ -73,6 +76,8 @@ class LoraXSLayer(nn.Module, BaseTunerLayer):
         self.basis_policy: dict[str, BasisPolicy] = {}
         self.loraxs_dropout = nn.ModuleDict({})
         self.loraxs_R = nn.ModuleDict({})
+        self.loraxs_magnitude = nn.ModuleDict({})
+        self.loraxs_norms = None
         self.register_buffer("loraxs_A", None, persistent=False)
         self.register_buffer("loraxs_Bt", None, persistent=False)
         self._disable_adapters = False
@@ -121,6 +126,7 @@ class LoraXSLayer(nn.Module, BaseTunerLayer):
         init_seed: int = 0,
         keep_basis: bool = False,
         inference_mode: bool = False,
+        magnitude: Norm | None = None,
     ) -> None:
         """Add the adapter: its R, its scaling alpha/r (or alpha/√r), its dropout. The basis comes later, in `settle`.
 
@@ -134,6 +140,7 @@ class LoraXSLayer(nn.Module, BaseTunerLayer):
             init_weights, init_std, init_seed: see `initial_core`.
             keep_basis: store A and B with the adapter.
             inference_mode: leave R frozen.
+            magnitude: train m too (EDoRA), with the norm "detached" or "differentiated"; None for no magnitude.
         """
         rank = min(r, self.in_features, self.out_features)
         self.r[adapter] = rank
@@ -145,6 +152,8 @@ class LoraXSLayer(nn.Module, BaseTunerLayer):
         weight = initial_core(rank, init_weights, std=init_std, seed=init_seed, key=self.key, dtype=dtype)
         shape = (self.in_features, self.out_features) if keep_basis else None
         self.loraxs_R[adapter] = CoreMatrix(weight, shape)
+        if magnitude is not None:
+            self.loraxs_magnitude[adapter] = Magnitude(self.out_features, dtype, magnitude)
         self._move_adapter_to_device_of_base_layer(adapter)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
@@ -153,11 +162,31 @@ class LoraXSLayer(nn.Module, BaseTunerLayer):
         super().delete_adapter(adapter_name)
         if not self.loraxs_R:
             self.loraxs_A = self.loraxs_Bt = None
+        if not self.loraxs_magnitude:
+            self.loraxs_norms = None
 
     def settle(self, adapter: str) -> None:
         """Make sure that R of `adapter` stands on the basis it was trained on; free once that is known."""
-        if adapter in self.loraxs_R and not self.core(adapter).settled:
+        if adapter in self.loraxs_R and not self.is_settled(adapter):
             settle_outside_of_graphs(self, adapter)
+
+    def is_settled(self, adapter: str) -> bool:
+        """Whether `adapter` stands on a basis it was compared with, and its norms are known if it needs them."""
+        return self.core(adapter).settled and not (adapter in self.loraxs_magnitude and self.loraxs_norms is None)
+
+    def settle_magnitudes(self, weight: Callable[[], Tensor]) -> None:
+        """Make the norms that adapters with a magnitude need, where they are missing, and begin every new m with them.
+
+        Args:
+            weight: gives W [N, K].
+        """
+        if not self.loraxs_magnitude or self.loraxs_A is None:
+            return
+        if self.loraxs_norms is None:
+            dtype = torch.float64 if self.basis_dtype == torch.float64 else torch.float32
+            self.loraxs_norms = RowNorms(weight().to(self.loraxs_A.device), self.loraxs_A, dtype)
+        for magnitude in self.loraxs_magnitude.values():
+            cast(Magnitude, magnitude).start(self.loraxs_norms.lengths())
 
     def train(self, mode: bool = True) -> LoraXSLayer:
         """Also settles what was loaded: the last eager moment before a compiled forward pass."""
@@ -177,6 +206,13 @@ class LoraXSLayer(nn.Module, BaseTunerLayer):
         device, dtype = self.get_base_layer_device(), self.basis_dtype
         self.loraxs_A = a.detach().to(device, dtype).contiguous()
         self.loraxs_Bt = bt.detach().to(device, dtype).contiguous()
+        self.loraxs_norms = None
+
+    def share_basis(self, other: LoraXSLayer) -> None:
+        """Take the basis of `other`, a layer over the same weight, without a copy."""
+        if other is not self:
+            self.loraxs_A, self.loraxs_Bt = other.loraxs_A, other.loraxs_Bt
+            self.loraxs_norms = None
 
     @property
     def basis_rank(self) -> int:
@@ -237,7 +273,8 @@ class LoraXSLayer(nn.Module, BaseTunerLayer):
                 self.scaling[adapter] /= scale
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """True: W' = W + s·B R A, so lora_A = R A and lora_B = B is the same adapter."""
+        """True: W' = W + ΔW. lora_A = R A and lora_B = B is the same adapter; with a magnitude, a ΔW of full rank is
+        approximated as well as the rank of the LoRA allows."""
         return True
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
@@ -245,6 +282,17 @@ class LoraXSLayer(nn.Module, BaseTunerLayer):
         target = device or self.get_base_layer_device()
         if adapter_name in self.loraxs_R and "meta" not in (self.core(adapter_name).weight.device.type, target.type):
             self.core(adapter_name).to(target)
+            if adapter_name in self.loraxs_magnitude:
+                self.loraxs_magnitude[adapter_name].to(target)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> LoraXSLayer:
+        super()._apply(fn, recurse)
+        kept, dtype = self.loraxs_norms, self.basis_dtype
+        wanted = torch.float64 if dtype == torch.float64 else torch.float32
+        if kept is not None and (kept.rho.dtype != wanted or kept.rho.is_meta):
+            # They were rounded, or belong to weights that were: measured again when next needed.
+            self.loraxs_norms = None
+        return self
 
 
 @torch.compiler.disable(reason="call model.eval() or model.train() after loading an adapter into a compiled model")

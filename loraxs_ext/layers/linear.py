@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Iterable
 from functools import reduce
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from torch.compiler import is_compiling
 
 from loraxs_ext import ops
 
+from . import edora
 from .layer import LoraXSLayer
 from .merge import LOSS_WORTH_A_WARNING, MergeLossWarning, delta_weight, rounding_loss
 from .routing import Route, pad
@@ -63,14 +65,40 @@ class LoraXSLinear(LoraXSLayer):
             return base(x, *args, **kwargs)
         if self.merged_adapters:
             return base(x, *args, **kwargs)
-        paths = self._active_paths() if self.route is None else self._routed_path(x, self.route)
+        magnitudes: Any = self._modules["loraxs_magnitude"]
+        if magnitudes._modules:
+            return edora.forward(self, x, args, kwargs)
+        paths = self.active_paths(self.active_adapters) if self.route is None else self.routed_path(x, self.route)
+        return self.run(x, paths, args, kwargs)
+
+    def run(
+        self,
+        x: Tensor,
+        paths: list[LowRankPath],
+        args: tuple,
+        kwargs: dict[str, Any],
+        *,
+        with_bias: bool = True,
+        shared: bool = True,
+    ) -> Tensor:
+        """base(x) and the low-rank paths added to it.
+
+        Args:
+            x: [..., K].
+            paths: what to add; the first of them fuses with a plain base layer.
+            args, kwargs: further arguments of the base layer.
+            with_bias: False leaves the bias of the base layer out.
+            shared: whether x is what the layer was called with, which its siblings may have been called with too.
+        """
+        base: Any = self._modules["base_layer"]
         if paths and type(base) is nn.Linear and not (args or kwargs) and _is_fusable(base, x, paths[0].a.dtype):
-            a, b, pages, slots, scale, p_drop = paths.pop(0)
+            (a, b, pages, slots, scale, p_drop), *paths = paths
             frozen: Any = base._parameters
-            weight, bias = frozen["weight"], frozen["bias"]
+            weight, bias = frozen["weight"], frozen["bias"] if with_bias else None
             p = None
             # A compiler sees through separate projections, and each layer drops other entries of x.
-            if self.siblings is not None and not p_drop and (x.is_cuda or SHARE_ON_CPU) and not is_compiling():
+            sharing = shared and self.siblings is not None and not p_drop and (x.is_cuda or SHARE_ON_CPU)
+            if sharing and self.siblings is not None and not is_compiling():
                 p = self.siblings.take(self, x, a)
             if p is not None:
                 y = ops.linear_projected(x, weight, bias, p, a, b, pages, slots, scale)
@@ -79,16 +107,34 @@ class LoraXSLinear(LoraXSLayer):
                 y = ops.linear(x, weight, bias, a, b, pages, slots, scale, p_drop=p_drop, rng=rng)
         else:
             y = base(x, *args, **kwargs)
+            bias = None if with_bias else self.base_bias(y)
+            if bias is not None:
+                y = y - bias
         for path in paths:
-            y = _add(y, x, path)
+            y = self.add_path(y, x, path)
         return y
 
-    def _active_paths(self) -> list[LowRankPath]:
+    def add_path(self, y: Tensor, x: Tensor, path: LowRankPath) -> Tensor:
+        """y and a low-rank path of x, in the dtype of y."""
+        dtype = path.a.dtype
+        rng = _draw_rng(x) if path.p_drop else None
+        return ops.add_delta(y.to(dtype), x.to(dtype), *path[:5], p_drop=path.p_drop, rng=rng).to(y.dtype)
+
+    def base_bias(self, y: Tensor) -> Tensor | None:
+        """The bias [N] of the base layer in the dtype of y, or None."""
+        base: Any = self._modules["base_layer"]
+        bias = base._parameters["bias"] if type(base) is nn.Linear else getattr(self.get_base_layer(), "bias", None)
+        if bias is not None and bias.is_meta:
+            # Offloaded: it is there while the layer is called only.
+            bias = base(y.new_zeros(1, self.in_features))[0]
+        return None if bias is None else bias.to(y.dtype)
+
+    def active_paths(self, active: Iterable[str]) -> list[LowRankPath]:
         """One path per dropout probability among the active adapters, hence nearly always one."""
         modules: Any = self._modules
         cores, dropouts = modules["loraxs_R"]._modules, modules["loraxs_dropout"]._modules
         by_p: dict[float, list[str]] = {}
-        for adapter in self.active_adapters:
+        for adapter in active:
             if adapter in cores:
                 if not cores[adapter].settled:
                     self.settle(adapter)
@@ -110,14 +156,14 @@ class LoraXSLinear(LoraXSLayer):
         cores = [pad(self.get_R(adapter) * self.scaling[adapter], self.r[widest]) for adapter in adapters]
         return LowRankPath(*self.get_basis(widest), torch.stack(cores).sum(0, keepdim=True), p_drop=p_drop)
 
-    def _routed_path(self, x: Tensor, route: Route) -> list[LowRankPath]:
+    def routed_path(self, x: Tensor, route: Route) -> list[LowRankPath]:
         if route.pages is None:
             return []
         return [LowRankPath(*self.get_basis(route.adapter), route.pages, route.per_token(x))]
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """ΔW = s·B R A in the layout of the base weight, in fp32 (fp64 for an fp64 base)."""
-        delta = self._low_rank_weight(adapter)
+        """ΔW = W' − W in the layout of the base weight, in fp32 (fp64 for an fp64 base)."""
+        delta = self._weight_delta(adapter)
         return delta.mT if self.fan_in_fan_out else delta
 
     @torch.no_grad()
@@ -138,7 +184,7 @@ class LoraXSLinear(LoraXSLayer):
         if not adapters:
             return
         frozen = self.frozen_weight()
-        deltas = (self._low_rank_weight(name).to(frozen.device) for name in [*self.merged_adapters, *adapters])
+        deltas = (self._weight_delta(name).to(frozen.device) for name in [*self.merged_adapters, *adapters])
         delta = reduce(torch.add, deltas)
         merged = (frozen.to(delta.dtype) + delta).to(frozen.dtype)
         if safe_merge and not torch.isfinite(merged).all():
@@ -166,9 +212,10 @@ class LoraXSLinear(LoraXSLayer):
             weight.data = weight.data.to(base.weight.device, base.weight.dtype)
             base.weight = weight
 
-    def _low_rank_weight(self, adapter: str) -> Tensor:
+    def _weight_delta(self, adapter: str) -> Tensor:
         self.settle(adapter)
-        return delta_weight(*self.get_basis(adapter), self.get_R(adapter), self.scaling[adapter])
+        delta = delta_weight(*self.get_basis(adapter), self.get_R(adapter), self.scaling[adapter])
+        return edora.scaled_weight_delta(self, adapter, delta) if adapter in self.loraxs_magnitude else delta
 
     def _replace_weight(self, merged: Tensor) -> None:
         """Store `merged` (in the layout of the base layer) and keep what it replaces."""
@@ -203,12 +250,6 @@ def _is_fusable(base: nn.Linear, x: Tensor, dtype: torch.dtype) -> bool:
     if weight.requires_grad and torch.is_grad_enabled():
         return False
     return weight.dtype == dtype and (x.dtype == dtype or torch.is_autocast_enabled(x.device.type))
-
-
-def _add(y: Tensor, x: Tensor, path: LowRankPath) -> Tensor:
-    dtype = path.a.dtype
-    rng = _draw_rng(x) if path.p_drop else None
-    return ops.add_delta(y.to(dtype), x.to(dtype), *path[:5], p_drop=path.p_drop, rng=rng).to(y.dtype)
 
 
 def _draw_rng(x: Tensor) -> Tensor:

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .edora import route_scales
+
 if TYPE_CHECKING:
     from .layer import LoraXSLayer
 
@@ -25,11 +27,13 @@ class Route:
         slots: int32 [rows] or [tokens], on the layer's device; −1 is the base model.
         pages: [S, r, r], scaling folded in, smaller ranks padded with zeros; None when every row is a base row.
         adapter: the adapter of the largest rank, whose basis contains the bases of all others.
+        scales: [S, N], the factors of the rows of W where an adapter has a magnitude; None where none has one.
     """
 
     slots: Tensor
     pages: Tensor | None
     adapter: str
+    scales: Tensor | None = None
 
     def per_token(self, x: Tensor) -> Tensor:
         """int32 [M], the slot of every token of x [..., K].
@@ -63,7 +67,7 @@ def build_route(layer: LoraXSLayer, names: Sequence[str]) -> Route:
     widest = max(present, key=layer.r.__getitem__)
     rank = layer.r[widest]
     pages = torch.stack([pad(layer.get_R(name) * layer.scaling[name], rank) for name in present])
-    return Route(slots, pages, widest)
+    return Route(slots, pages, widest, route_scales(layer, present))
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from . import contract as contract
 from . import reference as reference
 from .autograd import AddDeltaFunction, LinearFunction, RowScaleFunction
 from .casting import any_autocast_enabled, autocast, wants_autocast
+from .rescale import rescale
 from .stacked import Site, linear_projected, linear_stack, project
 
 _linear = torch.ops.loraxs.linear.default
@@ -167,5 +168,6 @@ __all__ = [
     "linear_stack",
     "project",
     "reference",
+    "rescale",
     "row_scale",
 ]

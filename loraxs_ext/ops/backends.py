@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from . import decode, reference
-from .contract import LIBRARY, OPS, UNWRAPPED, check, tensors_of
+from .contract import LIBRARY, OPS, UNWRAPPED, check, table_of, tensors_of
 
 BACKENDS = ("auto", "triton", "cuda", "reference")
 BACKEND = os.environ.get("LORAXS_BACKEND", "auto")
@@ -43,6 +43,8 @@ TRITON_OPS = {
     "add_delta_": "add_delta",
     "project": "project",
     "row_scale": "row_scale",
+    "rescale": "rescale",
+    "rescale_backward": "rescale",
     "orthonormalize": "orthonormalize",
 }
 # Ampere and later: what the kernels are compiled and budgeted for. bf16 has no tensor cores before.
@@ -71,7 +73,7 @@ def _checked(op: str, meaning: Callable[..., Any]) -> Callable[..., Any]:
         given = {name: None for name in names} | dict(zip(names, args, strict=False)) | kwargs
         check(op, given.get("p_drop") or 0.0, **{name: given[name] for name in shaped})
         if given.get("slots") is not None:
-            _check_slots(op, given["slots"], given["pages"].shape[0])
+            _check_slots(op, given["slots"], given[table_of(op)].shape[0])
         if not torch._C._is_any_autocast_enabled():
             return meaning(*args, **kwargs)
         # The contract fixes the precision of every sum; autocast must not lower it inside the op.
@@ -244,5 +246,5 @@ def _cuda_owner(op: str) -> str:
     if old and len(old) == len(devices):
         return f"plain torch, as Triton's kernels need compute capability {_version(TRITON_CAPABILITY)}"
     few = "CUDA for few tokens, " if op == "linear" and _decodes_in_cuda() else ""
-    tall = [] if op == "project" else [f"r > {TRITON_MAX_RANK}"]
+    tall = [] if op in ("project", "rescale", "rescale_backward") else [f"r > {TRITON_MAX_RANK}"]
     return few + "Triton, plain torch for " + ", ".join([*old, "fp64", *tall])

@@ -58,6 +58,13 @@ OPS: Mapping[str, OpContract] = {
         "Tensor? root=None, bool through_norm=False) -> (Tensor g, Tensor inverse_norm)",
         "b[N,r] rho[N] pages[S,r,r] sigma?[r] m[S,N] c?[N,r] root?[r,r]",
     ),
+    "rescale": OpContract(
+        "(Tensor z, Tensor g, Tensor? slots, Tensor? bias) -> Tensor y", "z[*,N] g[S,N] slots?[M] bias?[N]"
+    ),
+    "rescale_backward": OpContract(
+        "(Tensor dy, Tensor? z, Tensor g, Tensor? slots, bool need_dz) -> (Tensor dz, Tensor dg)",
+        "dy[*,N] z?[*,N] g[S,N] slots?[M]",
+    ),
     "orthonormalize": OpContract("(Tensor Y) -> Tensor", "Y[batch,n,k]"),
     "randomized_svd": OpContract(
         "(Tensor W, int rank, int n_oversamples=32, float tol=0.001, int max_iter=100, int seed=0) -> "
@@ -68,7 +75,7 @@ OPS: Mapping[str, OpContract] = {
 
 # The same kernels under a second name that no autograd is registered for. Eager code calls these, because the layer
 # that `register_autograd` puts around an op costs as much as the op's own overhead, even when no gradient is wanted.
-UNWRAPPED = {name: f"_{name}" for name in ("linear", "add_delta", "linear_projected", "row_scale")}
+UNWRAPPED = {name: f"_{name}" for name in ("linear", "add_delta", "linear_projected", "row_scale", "rescale")}
 
 for _name, _op in OPS.items():
     LIBRARY.define(_name + _op.schema)
@@ -83,7 +90,7 @@ _SHAPES = {
     for op, entry in OPS.items()
 }
 # The arguments that carry activations and weights share one dtype; what is absent here has a rule of its own below.
-_SAME_DTYPE = ("x", "dy", "y", "weight", "bias", "a", "b", "Y", "W")
+_SAME_DTYPE = ("x", "dy", "y", "z", "weight", "bias", "a", "b", "Y", "W")
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -94,6 +101,11 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 def tensors_of(op: str) -> list[str]:
     """The names of the tensor arguments of `op`."""
     return [name for name, _, _ in _SHAPES[op]]
+
+
+def table_of(op: str) -> str:
+    """The name of the argument [S, ...] that slots choose from."""
+    return next(name for name, _, dims in _SHAPES[op] if dims[0] == "S")
 
 
 def check(op: str, p_drop: float = 0.0, **tensors: Tensor | None) -> None:
@@ -136,7 +148,7 @@ def check(op: str, p_drop: float = 0.0, **tensors: Tensor | None) -> None:
     if sizes.get("r", 1) < 1:
         raise ValueError(f"loraxs::{op}: {'a' if 'a' in tensors else 'b'}: expected a rank of at least 1, got 0")
     if sizes.get("S", 1) < 1:
-        raise ValueError(f"loraxs::{op}: pages: expected at least one slot, got 0")
+        raise ValueError(f"loraxs::{op}: {table_of(op)}: expected at least one slot, got 0")
     if op == "orthonormalize" and sizes["k"] > sizes["n"]:
         raise ValueError(f"loraxs::{op}: Y: expected at most n={sizes['n']} columns of length n, got {sizes['k']}")
     if op == "row_scale":
@@ -171,7 +183,7 @@ def _product(shape: tuple[int, ...]) -> int:
 def _check_dtype(op: str, name: str, dtype: torch.dtype, first: str, first_dtype: torch.dtype) -> None:
     if name in _SAME_DTYPE:
         allowed: tuple[torch.dtype, ...] = (first_dtype,)
-    elif name in ("pages", "m"):
+    elif name in ("pages", "m", "g"):
         allowed = (first_dtype, torch.float32)
     elif name in ("p", "rho", "sigma", "c", "root"):
         allowed = (accumulate_dtype(first_dtype),)
@@ -214,6 +226,19 @@ def _add_delta_fake(y, x, a, b, pages, slots, scale, p_drop=0.0, rng=None):
 def _row_scale_fake(rho, b, pages, sigma, m, scale, c=None, root=None, through_norm=False):
     check("row_scale", rho=rho, b=b, pages=pages, sigma=sigma, m=m, c=c, root=root)
     return m.new_empty(m.shape), m.new_empty(m.shape, dtype=rho.dtype)
+
+
+@torch.library.register_fake("loraxs::_rescale", lib=LIBRARY)
+@torch.library.register_fake("loraxs::rescale", lib=LIBRARY)
+def _rescale_fake(z, g, slots, bias):
+    check("rescale", z=z, g=g, slots=slots, bias=bias)
+    return z.new_empty(z.shape)
+
+
+@torch.library.register_fake("loraxs::rescale_backward", lib=LIBRARY)
+def _rescale_backward_fake(dy, z, g, slots, need_dz):
+    check("rescale_backward", dy=dy, z=z, g=g, slots=slots)
+    return dy.new_empty(dy.shape if need_dz else 0), g.new_empty(g.shape if z is not None else 0)
 
 
 @torch.library.register_fake("loraxs::project", lib=LIBRARY)

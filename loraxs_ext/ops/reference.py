@@ -223,6 +223,63 @@ def row_scale_backward(
     return (-scale * (b.to(acc).T @ (weights[:, :, None] * t))).to(pages.dtype)
 
 
+def rescale(z: Tensor, g: Tensor, slots: Tensor | None, bias: Tensor | None) -> Tensor:
+    """y_m = g_slot(m) ∘ z_m + bias: what a magnitude makes of the output of its layer, in one pass over it.
+
+    Args:
+        z: [..., N], fp32, bf16, fp16 or fp64.
+        g: [S, N], dtype of z or fp32: one factor an output and slot.
+        slots: int32 [M] with values in [-1, S); −1 stands for a factor of 1; None means slot 0 for every token.
+        bias: [N] in the dtype of z, or None.
+
+    Returns:
+        y [..., N] in the dtype of z, computed in the accumulation dtype and rounded once.
+    """
+    acc = accumulate_dtype(z.dtype)
+    y = _rows(z).to(acc) * _factors(g, slots, acc)
+    if bias is not None:
+        y = y + bias.to(acc)
+    return y.to(z.dtype).reshape(z.shape)
+
+
+def rescale_backward(
+    dy: Tensor, z: Tensor | None, g: Tensor, slots: Tensor | None, need_dz: bool
+) -> tuple[Tensor, Tensor]:
+    """Gradients of `rescale`: dz_m = g_slot(m) ∘ dy_m,  dg_s = Σ_{m in slot s} dy_m ∘ z_m.
+
+    Args:
+        dy: [..., N] gradient of y.
+        z: [..., N] as in the forward; None where dg is not needed.
+        g, slots: as in the forward.
+        need_dz: what is not needed is returned as an empty tensor.
+
+    Returns:
+        dz [..., N] in the dtype of dy, and dg [S, N] in the dtype of g.
+    """
+    acc = accumulate_dtype(dy.dtype)
+    rows = _rows(dy).to(acc)
+    dz, dg = dy.new_empty(0), g.new_empty(0)
+    if need_dz:
+        dz = (rows * _factors(g, slots, acc)).to(dy.dtype).reshape(dy.shape)
+    if z is not None:
+        products, sums = rows * _rows(z).to(acc), rows.new_zeros(g.shape)
+        if slots is None:
+            sums[0] = products.sum(0)
+        else:
+            # `index_put_` with accumulate keeps a fixed order on every device.
+            products = torch.where((slots >= 0)[:, None], products, 0)
+            sums.index_put_((slots.clamp_min(0).long(),), products, accumulate=True)
+        dg = sums.to(g.dtype)
+    return dz, dg
+
+
+def _factors(g: Tensor, slots: Tensor | None, acc: torch.dtype) -> Tensor:
+    """g of every token's slot, 1 for base rows: [N] or [M, N]."""
+    if slots is None:
+        return g[0].to(acc)
+    return torch.where((slots >= 0)[:, None], g[slots.clamp_min(0).long()].to(acc), 1)
+
+
 def _coordinates(
     b: Tensor, pages: Tensor, sigma: Tensor | None, scale: float, c: Tensor | None, root: Tensor | None
 ) -> Tensor:

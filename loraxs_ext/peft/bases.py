@@ -71,7 +71,11 @@ class AdapterBasis:
         # never be trained with).
         device = pending[0].get_base_layer_device().type
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
-            self._settle(pending)
+            unsettled = [layer for layer in pending if not self._core(layer).settled]
+            if unsettled:
+                self._settle(unsettled)
+            for layer in pending:
+                layer.settle_magnitudes(partial(load_weight, layer))
 
     def _settle(self, pending: Sequence[LoraXSLayer]) -> None:
         for layer in pending:
@@ -230,7 +234,7 @@ class AdapterBasis:
         return layer.core(self.adapter)
 
     def _is_pending(self, layer: LoraXSLayer) -> bool:
-        if self.adapter not in layer.loraxs_R or self._core(layer).settled:
+        if self.adapter not in layer.loraxs_R or layer.is_settled(self.adapter):
             return False
         return "meta" not in (layer.get_base_layer_device().type, self._core(layer).weight.device.type)
 

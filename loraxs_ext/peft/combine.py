@@ -30,6 +30,11 @@ def combine(
     for adapter in adapters:
         if adapter not in tuner.peft_config:
             raise ValueError(f"adapters: expected names of existing adapters, got {adapter!r}")
+        if cast(LoraXSConfig, tuner.peft_config[adapter]).use_edora:
+            raise ValueError(
+                f"adapters: expected adapters without a magnitude, whose updates are linear in R, got {adapter!r} with "
+                f"use_edora=True"
+            )
     for module in tuner.model.modules():
         if isinstance(module, ModulesToSaveWrapper) and sum(name in module.modules_to_save for name in adapters) > 1:
             raise ValueError("adapters: expected at most one with the same modules_to_save, which cannot be summed")

@@ -57,6 +57,10 @@ class LoraXSConfig(PeftConfig):
             residual of an anchor (0.01) moves in proportion.
         base_fingerprint: 64 bits of the base weights, in hex; written when the adapter is saved.
 
+        use_edora: train the lengths m of the rows of the adapted weight beside R: N numbers more in each module.
+        edora_norm: "detached" takes their norm for a constant in the gradient of R, as DoRA and the reference do;
+            "differentiated" does not.
+
     Raises:
         ValueError or TypeError: a field is out of range; the message names it, what was expected and what came.
 
@@ -98,6 +102,9 @@ class LoraXSConfig(PeftConfig):
     basis_tol: float = 0.1
     base_fingerprint: str | None = None
 
+    use_edora: bool = False
+    edora_norm: Literal["detached", "differentiated"] = "detached"
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PEFT_TYPE
@@ -131,6 +138,14 @@ class LoraXSConfig(PeftConfig):
             self.basis_check,
         )
         _expect(self.basis_tol > 0.0, "basis_tol", "a positive number", self.basis_tol)
+        if not isinstance(self.use_edora, bool):
+            raise TypeError(f"use_edora: expected True or False, got {self.use_edora!r}")
+        _expect(
+            self.edora_norm in ("detached", "differentiated"),
+            "edora_norm",
+            "'detached' or 'differentiated'",
+            self.edora_norm,
+        )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern: expected layers_to_transform beside it, got None")
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:

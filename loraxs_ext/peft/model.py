@@ -28,7 +28,7 @@ from .mixed import mixed_batch
 from .register import PREFIX
 from .weights import combined_fingerprint
 
-_FROZEN_BUFFERS = ("loraxs_A", "loraxs_Bt", "loraxs_R")
+_FROZEN_BUFFERS = ("loraxs_A", "loraxs_Bt", "loraxs_R", "loraxs_norms")
 
 
 class LoraXSModel(BaseTuner):
@@ -95,6 +95,7 @@ class LoraXSModel(BaseTuner):
             "init_seed": config.init_seed,
             "keep_basis": config.save_basis,
             "inference_mode": config.inference_mode,
+            "magnitude": config.edora_norm if config.use_edora else None,
         }
         layer: LoraXSLayer
         if isinstance(target, LoraXSLayer):
@@ -141,7 +142,7 @@ class LoraXSModel(BaseTuner):
             combination_type: "linear", "svd" or "cat"; LoRA's three ways to a sum, which are one here.
 
         Raises:
-            ValueError: an adapter does not exist, or the arguments do not fit each other.
+            ValueError: an adapter does not exist or has a magnitude, or the arguments do not fit each other.
         """
         combine(self, adapters, weights, adapter_name, combination_type)
 

@@ -45,7 +45,7 @@ def compute_bases(layers: Sequence[LoraXSLayer], ranks: Mapping[str, int], recip
     for key, (owner, group, _) in {**new, **grown}.items():
         owner.set_basis(factors[key].a, factors[key].bt)
         for layer in group:
-            layer.loraxs_A, layer.loraxs_Bt = owner.loraxs_A, owner.loraxs_Bt
+            layer.share_basis(owner)
             layer.base_fingerprint = layer.base_fingerprint or factors[key].fingerprint
             by_layer[layer.key] = factors[key]
     return by_layer

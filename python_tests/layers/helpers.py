@@ -25,6 +25,7 @@ class ExactPolicy:
             signs = u.sum(0).sign()
             layer.set_basis(s[:, None] * vh * signs[:, None], (u * signs).mT)
         layer.loraxs_R[self.adapter].settled = True
+        layer.settle_magnitudes(layer.frozen_weight)
 
 
 def make_layer(base: nn.Module | None = None, adapter: str = "default", r: int = 4, **options) -> LoraXSLinear:

@@ -26,6 +26,19 @@ GROUP = 8
 
 
 @triton.jit
+def chunk_bounds(chunk, gstarts, gchunks, S, CHUNK: tl.constexpr):
+    """[begin, end) in the order of `Segments`: from the first row of a chunk to the last of its slot."""
+    # The last slot whose first chunk is not after this one.
+    slot, after = 0, S
+    while after - slot > 1:
+        middle = (slot + after) // 2
+        not_after = tl.load(gchunks + middle) <= chunk
+        slot, after = tl.where(not_after, middle, slot), tl.where(not_after, after, middle)
+    begin = tl.load(gstarts + slot) + (chunk - tl.load(gchunks + slot)) * CHUNK
+    return begin, tl.load(gstarts + slot + 1)
+
+
+@triton.jit
 def _chunk_kernel(
     gdq, gp, gorder, gstarts, gchunks, gpartial, M, S, r, p_stride,
     CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -40,14 +53,7 @@ def _chunk_kernel(
         # The grid is as long as any slots could need; nothing is left to do beyond the last chunk.
         if chunk >= tl.load(gchunks + S):
             return
-        # The last slot whose first chunk is not after this one.
-        slot, after = 0, S
-        while after - slot > 1:
-            middle = (slot + after) // 2
-            not_after = tl.load(gchunks + middle) <= chunk
-            slot, after = tl.where(not_after, middle, slot), tl.where(not_after, after, middle)
-        begin = tl.load(gstarts + slot) + (chunk - tl.load(gchunks + slot)) * CHUNK
-        end = tl.load(gstarts + slot + 1)
+        begin, end = chunk_bounds(chunk, gstarts, gchunks, S, CHUNK)
 
     acc = tl.zeros((BLOCK_R, BLOCK_R), tl.float32)
     for step in range(0, CHUNK, BLOCK_M):
@@ -62,7 +68,7 @@ def _chunk_kernel(
 
 
 @triton.jit
-def _total_kernel(
+def total_kernel(
     gpartial, gchunks, gdpages, n_chunks, n_elements, scale, GROUP: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     """dpages[slot] = s · Σ partial over the chunks of the slot; zero for a slot without rows."""
@@ -174,7 +180,7 @@ class Segments(NamedTuple):
     chunks: Tensor
 
 
-def _segments(slots: Tensor, n_slots: int, chunk: int) -> Segments:
+def segments(slots: Tensor, n_slots: int, chunk: int) -> Segments:
     """Sorted on the device: sizes follow from M and S alone. −1 comes before all slots, and what is too large after."""
     ordered, order = torch.sort(slots, stable=True)
     edges = torch.arange(n_slots + 1, dtype=slots.dtype, device=slots.device)
@@ -182,6 +188,11 @@ def _segments(slots: Tensor, n_slots: int, chunk: int) -> Segments:
     chunks = torch.zeros_like(starts)
     torch.cumsum((starts.diff() + (chunk - 1)) // chunk, 0, dtype=torch.int32, out=chunks[1:])
     return Segments(order, starts, chunks)
+
+
+def unfilled_chunks(M: int, S: int) -> int:
+    """By how many the chunks can outnumber those of one slot: every slot that has rows can leave one unfilled."""
+    return min(M, S)
 
 
 def _sum_pages(dpages: Tensor, dq: Tensor, p: Tensor, slots: Tensor | None, scale: float) -> None:
@@ -193,9 +204,8 @@ def _sum_pages(dpages: Tensor, dq: Tensor, p: Tensor, slots: Tensor | None, scal
     n_chunks = triton.cdiv(M, chunk)
     order = starts = chunks = None
     if slots is not None:
-        order, starts, chunks = _segments(slots, S, chunk)
-        # Every slot that has rows can leave one chunk unfilled.
-        n_chunks += min(M, S)
+        order, starts, chunks = segments(slots, S, chunk)
+        n_chunks += unfilled_chunks(M, S)
     partial = torch.empty(n_chunks, r, r, dtype=torch.float32, device=dq.device)
     block_r = power_of_two(r, 16, 64)
     n_r = triton.cdiv(r, block_r)
@@ -203,7 +213,7 @@ def _sum_pages(dpages: Tensor, dq: Tensor, p: Tensor, slots: Tensor | None, scal
         dq, p, order, starts, chunks, partial, M, S, r, p.stride(0), CHUNK=chunk, BLOCK_M=32, BLOCK_R=block_r
     )
     block = power_of_two(r * r, 32, 256)
-    _total_kernel[(S, triton.cdiv(r * r, block))](
+    total_kernel[(S, triton.cdiv(r * r, block))](
         partial, chunks, dpages, n_chunks, r * r, scale, GROUP=8, BLOCK=block
     )  # fmt: skip
 
