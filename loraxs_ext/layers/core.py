@@ -1,4 +1,4 @@
-"""R of one adapter in one layer, and the sketch of the basis it belongs to."""
+"""What one adapter trains in one layer, and the sketch of the basis it belongs to."""
 
 from __future__ import annotations
 
@@ -8,33 +8,58 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-InitWeights = bool | Literal["zeros"]
+InitWeights = bool | Literal["zeros", "uniform"]
 
 SKETCH_ROWS = 5
 
 
-class CoreMatrix(nn.Module):
-    """The trainable R [r, r] with what is stored beside it.
+class Core(nn.Module):
+    """What an adapter trains in one layer, with the sketch of the basis it belongs to.
 
-    In a state dict it is `loraxs_R.<adapter>.weight` and `.sketch`, and `.a`, `.bt` when the basis is kept with the
-    adapter. R means nothing without its basis, so `settled` tells whether the sketch was compared with the layer's
-    basis since it last came in from outside; the layer refuses to compute with a core that is not settled.
+    In a state dict it is `loraxs_R.<adapter>.sketch`, and `.a`, `.bt` when the basis is kept with the adapter, beside
+    what a subclass adds. R means nothing without its basis, so `settled` tells whether the sketch was compared with the
+    layer's basis since it last came in from outside; the layer refuses to compute with a core that is not settled.
 
     Args:
-        weight: [r, r], initial value of R.
+        rank: r.
         basis_shape: (K, N) to keep the basis with the adapter, None to keep its sketch only.
+        dtype: of what is trained, and of a basis that is loaded.
     """
 
-    def __init__(self, weight: Tensor, basis_shape: tuple[int, int] | None = None) -> None:
+    # What tells, in a state dict, that another adapter came in.
+    identity: tuple[str, ...] = ("sketch", "a", "bt")
+
+    def __init__(self, rank: int, basis_shape: tuple[int, int] | None, dtype: torch.dtype) -> None:
         super().__init__()
-        r = weight.shape[0]
         self.settled = False
-        self.weight = nn.Parameter(weight)
         # NaN marks what was not recorded yet. `sketch` is a property, so it goes past register_buffer's name check.
-        self._buffers["sketch"] = torch.full((SKETCH_ROWS, r), torch.nan)
+        self._buffers["sketch"] = torch.full((SKETCH_ROWS, rank), torch.nan)
         if basis_shape is not None:
-            self.register_buffer("a", torch.full((r, basis_shape[0]), torch.nan))
-            self.register_buffer("bt", torch.full((r, basis_shape[1]), torch.nan))
+            self.register_buffer("a", torch.full((rank, basis_shape[0]), torch.nan, dtype=dtype))
+            self.register_buffer("bt", torch.full((rank, basis_shape[1]), torch.nan, dtype=dtype))
+
+    @property
+    def rank(self) -> int:
+        """r."""
+        return self.recorded_sketch.shape[1]
+
+    def matrix(self) -> Tensor:
+        """R [r, r], differentiable in what the adapter trains."""
+        raise NotImplementedError
+
+    @property
+    def on_basis(self) -> Tensor:
+        """[..., r, r], what R is linear in, as it stands on the basis that was recorded."""
+        raise NotImplementedError
+
+    def place(self, moved: Tensor) -> None:
+        """Take over `on_basis`, expressed on the basis of the layer."""
+        raise NotImplementedError
+
+    @property
+    def device(self) -> torch.device:
+        """Where that is which the adapter trains; "meta" until it was loaded."""
+        raise NotImplementedError
 
     @property
     def sketch(self) -> Tensor:
@@ -54,11 +79,6 @@ class CoreMatrix(nn.Module):
         return sketch
 
     @property
-    def rank(self) -> int:
-        """r."""
-        return self.weight.shape[0]
-
-    @property
     def stored_basis(self) -> tuple[Tensor, Tensor] | None:
         """a [r, K] and bt [r, N] that came with R; None if none are kept, or none were recorded yet."""
         a, bt = self._buffers.get("a"), self._buffers.get("bt")
@@ -69,19 +89,19 @@ class CoreMatrix(nn.Module):
     @torch.no_grad()
     def record(self, sketch: Tensor, a: Tensor, bt: Tensor) -> None:
         """Note which basis R belongs to from now on: sketch [5, r], a [r, K], bt [r, N]."""
-        self._buffers["sketch"] = sketch.to(self.weight.device, torch.float32).contiguous()
+        self._buffers["sketch"] = sketch.to(self.device, torch.float32).contiguous()
         if "a" in self._buffers:
             # Copies: the layer's basis may grow and move without this adapter.
             self._buffers["a"], self._buffers["bt"] = a.clone(), bt.clone()
         self.settled = True
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        loaded = {name: state_dict.get(prefix + name) for name in ("sketch", "a", "bt")}
+        loaded = {name: state_dict.get(prefix + name) for name in self.identity}
         if any(new is not None and not _same(new, self._buffers.get(name)) for name, new in loaded.items()):
             self.settled = False
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> CoreMatrix:
+    def _apply(self, fn: Any, recurse: bool = True) -> Core:
         sketch = self.recorded_sketch
         super()._apply(fn, recurse)
         moved = self.recorded_sketch
@@ -89,6 +109,40 @@ class CoreMatrix(nn.Module):
             # A measurement, not a weight: rounding it to the model's dtype would blind the comparison.
             self._buffers["sketch"] = sketch.to(moved.device)
         return self
+
+
+class CoreMatrix(Core):
+    """The trainable R [r, r] of LoRA-XS, in a state dict `loraxs_R.<adapter>.weight`.
+
+    Args:
+        weight: [r, r], initial value of R.
+        basis_shape: (K, N) to keep the basis with the adapter, None to keep its sketch only.
+    """
+
+    def __init__(self, weight: Tensor, basis_shape: tuple[int, int] | None = None) -> None:
+        super().__init__(weight.shape[0], basis_shape, weight.dtype)
+        self.weight = nn.Parameter(weight)
+
+    def matrix(self) -> Tensor:
+        """R [r, r]."""
+        weight = self._parameters["weight"]
+        assert weight is not None
+        return weight
+
+    @property
+    def on_basis(self) -> Tensor:
+        """R itself."""
+        return self.weight
+
+    def place(self, moved: Tensor) -> None:
+        """R = `moved` [r, r]."""
+        if moved is not self.weight:
+            self.weight.copy_(moved)
+
+    @property
+    def device(self) -> torch.device:
+        """That of R."""
+        return self.weight.device
 
 
 def initial_core(
@@ -108,10 +162,15 @@ def initial_core(
     """
     if init == "zeros":
         return torch.zeros(r, r, dtype=dtype)
-    digest = hashlib.blake2b(f"{seed}:{key}".encode(), digest_size=8).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+    generator = seeded_generator(seed, key)
     sigma = std if init is True else r**-0.5
     return (torch.randn(r, r, generator=generator, dtype=torch.float32, device="cpu") * sigma).to(dtype)
+
+
+def seeded_generator(seed: int, key: str) -> torch.Generator:
+    """Random numbers on the CPU that depend on a seed and the name of a module."""
+    digest = hashlib.blake2b(f"{seed}:{key}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
 def _same(new: Tensor, old: Tensor | None) -> bool:

@@ -12,10 +12,11 @@ from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .core import CoreMatrix, InitWeights, initial_core
+from .core import Core, CoreMatrix, InitWeights, initial_core
 from .edora import Magnitude, Norm, RowNorms
 from .routing import Route
 from .stacked import SharedProjection
+from .tiny import TinyCore, TinyOptions, initial_vector
 
 
 class BasisPolicy(Protocol):
@@ -90,7 +91,7 @@ class LoraXSLayer(nn.Module, BaseTunerLayer):
     def get_R(self, adapter: str) -> Tensor:
         """R [r, r] of `adapter`, differentiable in what the adapter trains. May be overridden."""
         modules: Any = self._modules
-        return modules["loraxs_R"]._modules[adapter]._parameters["weight"]
+        return modules["loraxs_R"]._modules[adapter].matrix()
 
     def get_basis(self, adapter: str) -> tuple[Tensor, Tensor]:
         """a [r, K] and b [N, r] of `adapter`; b.mT is contiguous, for the ops. May be overridden."""
@@ -108,9 +109,9 @@ class LoraXSLayer(nn.Module, BaseTunerLayer):
             raise RuntimeError(f"{self.key}: base_layer: expected weights to compute a basis from, got the meta device")
         return (a, bt) if a.shape[0] == r else (a[:r], bt[:r])
 
-    def core(self, adapter: str) -> CoreMatrix:
-        """The module that owns R of `adapter`."""
-        return cast(CoreMatrix, self.loraxs_R[adapter])
+    def core(self, adapter: str) -> Core:
+        """The module that makes R of `adapter`."""
+        return cast(Core, self.loraxs_R[adapter])
 
     def update_layer(
         self,
@@ -125,6 +126,7 @@ class LoraXSLayer(nn.Module, BaseTunerLayer):
         init_std: float = 1e-5,
         init_seed: int = 0,
         keep_basis: bool = False,
+        tiny: TinyOptions | None = None,
         inference_mode: bool = False,
         magnitude: Norm | None = None,
     ) -> None:
@@ -137,8 +139,9 @@ class LoraXSLayer(nn.Module, BaseTunerLayer):
             policy: where the basis comes from.
             use_rslora: divide alpha by √r.
             dropout: probability in [0, 1) on the input of the low-rank path.
-            init_weights, init_std, init_seed: see `initial_core`.
+            init_weights, init_std, init_seed: see `initial_core`, or `initial_vector`.
             keep_basis: store A and B with the adapter.
+            tiny: make R of a short vector, as TinyLoRA does; None to train R itself.
             inference_mode: leave R frozen.
             magnitude: train m too (EDoRA), with the norm "detached" or "differentiated"; None for no magnitude.
         """
@@ -149,9 +152,13 @@ class LoraXSLayer(nn.Module, BaseTunerLayer):
         self.basis_policy[adapter] = policy
         self.loraxs_dropout[adapter] = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
         dtype = torch.float64 if self.basis_dtype == torch.float64 else torch.float32
-        weight = initial_core(rank, init_weights, std=init_std, seed=init_seed, key=self.key, dtype=dtype)
         shape = (self.in_features, self.out_features) if keep_basis else None
-        self.loraxs_R[adapter] = CoreMatrix(weight, shape)
+        if tiny is None:
+            weight = initial_core(rank, init_weights, std=init_std, seed=init_seed, key=self.key, dtype=dtype)
+            self.loraxs_R[adapter] = CoreMatrix(weight, shape)
+        else:
+            v = initial_vector(tiny, init_weights, seed=init_seed, key=self.key, dtype=dtype)
+            self.loraxs_R[adapter] = TinyCore(v, rank, tiny.seed, shape, tiny.keep_projections)
         if magnitude is not None:
             self.loraxs_magnitude[adapter] = Magnitude(self.out_features, dtype, magnitude)
         self._move_adapter_to_device_of_base_layer(adapter)
@@ -280,7 +287,7 @@ class LoraXSLayer(nn.Module, BaseTunerLayer):
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT's version also casts to the dtype of the base layer, which would round R of a half-precision model.
         target = device or self.get_base_layer_device()
-        if adapter_name in self.loraxs_R and "meta" not in (self.core(adapter_name).weight.device.type, target.type):
+        if adapter_name in self.loraxs_R and "meta" not in (self.core(adapter_name).device.type, target.type):
             self.core(adapter_name).to(target)
             if adapter_name in self.loraxs_magnitude:
                 self.loraxs_magnitude[adapter_name].to(target)

@@ -17,7 +17,7 @@ from torch import Tensor
 from loraxs_ext import basis
 from loraxs_ext.basis import BasisFile, Factors, Recipe
 from loraxs_ext.basis.anchor import SAME_ORIGIN
-from loraxs_ext.layers import CoreMatrix, LoraXSLayer
+from loraxs_ext.layers import Core, LoraXSLayer
 
 from .config import BasisCheck
 from .transport import Restored, Source, anchors_path, remember, restore, transport
@@ -26,7 +26,7 @@ from .weights import compute_bases, load_weight
 
 
 class _Plan(NamedTuple):
-    """What will become of one layer: its R, the basis that replaces its own if there is one, and what that costs."""
+    """What becomes of a layer: its `Core.on_basis`, the basis that replaces its own, if any, and what that costs."""
 
     core: Tensor
     factors: Factors | None
@@ -92,10 +92,9 @@ class AdapterBasis:
             if plan.factors is not None:
                 layer.set_basis(plan.factors.a, plan.factors.bt)
                 made[layer.key] = plan.factors
-            if plan.core is not core.weight:
-                core.weight.copy_(plan.core)
-            record(layer, self.adapter)
-        self._remember([layer for layer in pending if self._core(layer).stored_basis is None], made)
+            core.place(plan.core)
+            sketches[layer.key] = record(layer, self.adapter)
+        self._remember([layer for layer in pending if self._core(layer).stored_basis is None], sketches, made)
 
     def refuse_wrong_base(self, sketches: Mapping[str, Tensor]) -> None:
         """Raise now if R matrices with these sketches, by layer key, would be refused once loaded.
@@ -203,22 +202,24 @@ class AdapterBasis:
         if core.stored_basis is not None:
             mine = current_factors(layer, core.rank)[:2]
             if all(torch.equal(now, stored.to(now)) for now, stored in zip(mine, core.stored_basis, strict=True)):
-                return _Plan(core.weight, None, Mismatch(layer.key, 0.0))
-            moved, lost = transport(core.weight, core.stored_basis, mine)
+                return _Plan(core.on_basis, None, Mismatch(layer.key, 0.0))
+            moved, lost = transport(core.on_basis, core.stored_basis, mine)
             return _Plan(moved, None, Mismatch(layer.key, lost))
         signs, error = measure(layer, self.adapter, core.recorded_sketch)
         mismatch, old = _better(Mismatch(layer.key, error), restored)
         if old is None:
-            return _Plan(flip_signs(core.weight, signs), None, mismatch)
+            return _Plan(flip_signs(core.on_basis, signs), None, mismatch)
         if not any(layer.core(name).settled for name in layer.loraxs_R):
-            return _Plan(core.weight, old, mismatch)
+            return _Plan(core.on_basis, old, mismatch)
         # Other adapters stand on the layer's basis, so R has to move.
-        moved, lost = transport(core.weight, (old.a, old.bt), current_factors(layer, core.rank)[:2])
+        moved, lost = transport(core.on_basis, (old.a, old.bt), current_factors(layer, core.rank)[:2])
         return _Plan(moved, None, mismatch._replace(error=max(mismatch.error, lost)))
 
-    def _remember(self, layers: Sequence[LoraXSLayer], made: Mapping[str, Factors]) -> None:
+    def _remember(
+        self, layers: Sequence[LoraXSLayer], sketches: Mapping[str, Tensor], made: Mapping[str, Factors]
+    ) -> None:
         """Keep the anchors of the bases the adapter now stands on, made of unrounded factors where there are such."""
-        sketches = {layer.key: self._core(layer).recorded_sketch for layer in layers}
+        sketches = {layer.key: sketches[layer.key] for layer in layers}
         # A layer whose weights were never read has the basis of an adapter that carries it along.
         if not layers or anchors_path(sketches, self.recipe).exists() or not all(m.base_fingerprint for m in layers):
             return
@@ -230,13 +231,13 @@ class AdapterBasis:
             factors[layer.key] = found._replace(a=a, bt=bt, fingerprint=layer.base_fingerprint)
         remember(sketches, factors, self.recipe)
 
-    def _core(self, layer: LoraXSLayer) -> CoreMatrix:
+    def _core(self, layer: LoraXSLayer) -> Core:
         return layer.core(self.adapter)
 
     def _is_pending(self, layer: LoraXSLayer) -> bool:
         if self.adapter not in layer.loraxs_R or layer.is_settled(self.adapter):
             return False
-        return "meta" not in (layer.get_base_layer_device().type, self._core(layer).weight.device.type)
+        return "meta" not in (layer.get_base_layer_device().type, self._core(layer).device.type)
 
     def _adopt_stored(self, layer: LoraXSLayer) -> None:
         """Make the basis stored with the adapter the layer's, unless another adapter already stands on that."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from peft.utils import ModulesToSaveWrapper
 
-from loraxs_ext.layers import LoraXSLayer
+from loraxs_ext.layers import CoreMatrix, LoraXSLayer
 
 from .config import LoraXSConfig
 
@@ -58,12 +58,14 @@ def combine(
         alpha_pattern=dict(pattern),
         target_modules=_union([configs[name].target_modules for name in adapters]),
         init_weights="zeros",
+        # Whatever the parts are made of, their sum is a matrix.
+        use_tinylora=False,
     )
     tuner.inject_adapter(tuner.model, adapter_name)
     with torch.no_grad():
         for layer in layers:
             if adapter_name in layer.loraxs_R:
-                total = layer.core(adapter_name).weight
+                total = cast(CoreMatrix, layer.core(adapter_name)).weight
                 for name, weight in zip(adapters, weights, strict=True):
                     if name in layer.r:
                         layer.settle(name)

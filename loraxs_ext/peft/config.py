@@ -15,7 +15,8 @@ BasisCheck = Literal["error", "warn", "ignore"]
 
 # Fields of this class that are fields of the recipe under another name.
 _RECIPE_NAMES = {"svd_tol": "tol", "svd_max_iter": "max_iter", "svd_seed": "seed"}
-_RECIPE_FIELDS = ("sigma", "vectors", "svd", "sklearn_signs", "n_oversamples", "sketch_version", *_RECIPE_NAMES)
+# Fields of this class that all adapters of a model must agree in.
+RECIPE_FIELDS = ("sigma", "vectors", "svd", "sklearn_signs", "n_oversamples", "sketch_version", *_RECIPE_NAMES)
 
 
 @dataclass
@@ -44,6 +45,15 @@ class LoraXSConfig(PeftConfig):
         init_std: standard deviation of R at the start.
         init_seed: seed of R; each module draws its own numbers from it and from its name.
 
+        use_tinylora: train v instead of R = Σ_k v_k P_k with fixed random P_k (TinyLoRA). `init_weights` then speaks of
+            v: True or "zeros" for 0, an exact no-op; "uniform"; False for a random adapter, for tests. The adapter is
+            that of PEFT's TinyLoRA for `sigma="sqrt"` and `lora_alpha=r`.
+        u: length of v.
+        weight_tying: 0 for a v per module, 1 for one v in all of them, values in between for groups of neighbours.
+        projection_seed: seed of P; the module `i` draws from `projection_seed + i`.
+        save_projection: store P with v: u·r² numbers a module, against a generator that rounds differently elsewhere.
+        init_v_bound: v ~ U(−init_v_bound, init_v_bound) for `init_weights="uniform"`.
+
         sigma: where the singular values sit: "A" (the reference), "sqrt" or "B".
         vectors: which singular vectors: "top", "middle", "bottom" or "random".
         svd: "converged", "exact" or "reference".
@@ -64,7 +74,8 @@ class LoraXSConfig(PeftConfig):
     Raises:
         ValueError or TypeError: a field is out of range; the message names it, what was expected and what came.
 
-    Source: Bałazy, Banaei, Aberer, Tabor: "LoRA-XS: Low-Rank Adaptation with Extremely Small Number of Parameters".
+    Source: Bałazy, Banaei, Aberer, Tabor: "LoRA-XS: Low-Rank Adaptation with Extremely Small Number of Parameters";
+    TinyLoRA: "Learning to Reason in 13 Parameters" (arXiv:2602.04118), in the conventions of PEFT.
     """
 
     r: int = 8
@@ -82,9 +93,16 @@ class LoraXSConfig(PeftConfig):
     layers_pattern: list[str] | str | None = None
     fan_in_fan_out: bool = False
 
-    init_weights: bool | Literal["zeros"] = True
+    init_weights: bool | Literal["zeros", "uniform"] = True
     init_std: float = 1e-5
     init_seed: int = 0
+
+    use_tinylora: bool = False
+    u: int = 64
+    weight_tying: float = 0.0
+    projection_seed: int = 42
+    save_projection: bool = False
+    init_v_bound: float = 0.02
 
     sigma: Literal["A", "sqrt", "B"] = "A"
     vectors: Literal["top", "middle", "bottom", "random"] = "top"
@@ -118,7 +136,7 @@ class LoraXSConfig(PeftConfig):
 
     def recipe(self) -> Recipe:
         """How the basis is computed."""
-        return Recipe(**{_RECIPE_NAMES.get(name, name): getattr(self, name) for name in _RECIPE_FIELDS})
+        return Recipe(**{_RECIPE_NAMES.get(name, name): getattr(self, name) for name in RECIPE_FIELDS})
 
     def _check(self) -> None:
         for name, rank in {"r": self.r, **{f"rank_pattern[{k!r}]": v for k, v in self.rank_pattern.items()}}.items():
@@ -127,9 +145,11 @@ class LoraXSConfig(PeftConfig):
             _expect(rank >= 1, name, "a positive integer", rank)
         _expect(0.0 <= self.loraxs_dropout < 1.0, "loraxs_dropout", "a probability in [0, 1)", self.loraxs_dropout)
         _expect(self.bias in ("none", "all", "loraxs_only"), "bias", "'none', 'all' or 'loraxs_only'", self.bias)
-        _expect(
-            self.init_weights in (True, False, "zeros"), "init_weights", "True, False or 'zeros'", self.init_weights
-        )
+        if self.use_tinylora:
+            self._check_tinylora()
+        else:
+            plain = self.init_weights in (True, False, "zeros")
+            _expect(plain, "init_weights", "True, False or 'zeros'", self.init_weights)
         _expect(self.init_std >= 0.0, "init_std", "a standard deviation of at least 0", self.init_std)
         _expect(
             self.basis_check in ("error", "warn", "ignore"),
@@ -150,6 +170,17 @@ class LoraXSConfig(PeftConfig):
             raise ValueError("layers_pattern: expected layers_to_transform beside it, got None")
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             raise ValueError("layers_to_transform: expected target_modules as a list of names, got a string")
+
+    def _check_tinylora(self) -> None:
+        for name, value in {"u": self.u, "projection_seed": self.projection_seed}.items():
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name}: expected an int, got {value!r}")
+        _expect(self.u >= 1, "u", "a positive integer", self.u)
+        _expect(0.0 <= self.weight_tying <= 1.0, "weight_tying", "a ratio in [0, 1]", self.weight_tying)
+        _expect(0 <= self.projection_seed < 2**62, "projection_seed", "a seed in [0, 2^62)", self.projection_seed)
+        _expect(0.0 <= self.init_v_bound < float("inf"), "init_v_bound", "a bound of at least 0", self.init_v_bound)
+        known = self.init_weights in (True, False, "zeros", "uniform")
+        _expect(known, "init_weights", "True, False, 'zeros' or 'uniform'", self.init_weights)
 
 
 def _expect(condition: bool, name: str, expected: str, got: Any) -> None:

@@ -19,7 +19,15 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
-from loraxs_ext.layers import LoraXSLayer, LoraXSLinear, MergeLossWarning, share_projections
+from loraxs_ext.layers import (
+    LoraXSLayer,
+    LoraXSLinear,
+    MergeLossWarning,
+    TinyCore,
+    TinyOptions,
+    share_projections,
+    tie,
+)
 
 from .bases import AdapterBasis
 from .combine import combine
@@ -47,6 +55,9 @@ class LoraXSModel(BaseTuner):
         options = (config.recipe(), config.basis_check, config.basis_tol, config.basis_file)
         self._policy = AdapterBasis(adapter_name, *options)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        if config.use_tinylora:
+            cores = [cast(TinyCore, layer.core(adapter_name)) for layer in self._policy.layers]
+            tie(sorted(cores, key=lambda core: int(core.seed)), config.weight_tying)
         share_projections(model)
         if config.fan_in_fan_out and not all(layer.fan_in_fan_out for layer in self._policy.layers):
             warnings.warn(
@@ -94,6 +105,7 @@ class LoraXSModel(BaseTuner):
             "init_std": config.init_std,
             "init_seed": config.init_seed,
             "keep_basis": config.save_basis,
+            "tiny": self._tiny_options(config),
             "inference_mode": config.inference_mode,
             "magnitude": config.edora_norm if config.use_edora else None,
         }
@@ -110,6 +122,13 @@ class LoraXSModel(BaseTuner):
             # Not _replace_module: it would move R to the device of the weight, which is "meta" for an offloaded one.
             setattr(parent, target_name, layer)
         self._policy.layers.add(layer)
+
+    def _tiny_options(self, config: LoraXSConfig) -> TinyOptions | None:
+        """Of the next layer of the adapter that is being injected."""
+        if not config.use_tinylora:
+            return None
+        seed = config.projection_seed + len(self._policy.layers)
+        return TinyOptions(config.u, seed, config.init_v_bound, config.save_projection)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:

@@ -57,6 +57,5 @@ def register(config: type[Any], tuner: type[Any]) -> None:
             table.pop(PEFT_TYPE, None)
     register_peft_method(name=NAME.lower(), config_cls=config, model_cls=tuner, prefix=PREFIX)
     # What hotswap must find equal because it only exchanges tensors and the scaling.
-    CONFIG_KEYS_TO_CHECK[PEFT_TYPE] = [
-        "use_rslora", "alpha_pattern", "loraxs_dropout", "sigma", "vectors", "use_edora", "edora_norm",
-    ]  # fmt: skip
+    keys = ["use_rslora", "alpha_pattern", "loraxs_dropout", "sigma", "vectors", "use_edora", "edora_norm"]
+    CONFIG_KEYS_TO_CHECK[PEFT_TYPE] = [*keys, "use_tinylora", "u", "weight_tying", "save_projection"]

@@ -116,11 +116,11 @@ def transport(core: Tensor, old: tuple[Tensor, Tensor], new: tuple[Tensor, Tenso
     """Express B R A on another basis: R' = B'⁺ B R A A'⁺, computed in fp64.
 
     Args:
-        core: R [r, r].
+        core: R [r, r], or several [..., r, r].
         old, new: (a [r, K], bt [r, N]) before and after.
 
     Returns:
-        R' [r, r] in the dtype of `core`, and ‖B'R'A' − B R A‖ / ‖B R A‖ (0 if R is 0).
+        R' in the shape and dtype of `core`, and ‖B'R'A' − B R A‖ / ‖B R A‖ (0 if R is 0), all of them together.
     """
     r0 = core.double()
     (a0, b0), (a1, b1) = ((a.to(core.device).double(), bt.to(core.device).double().mT) for a, bt in (old, new))

@@ -128,15 +128,22 @@ def is_foreign(mismatch: Mismatch, tol: float) -> bool:
 
 
 def flip_signs(core: Tensor, signs: Tensor) -> Tensor:
-    """D R D with D = diag(signs), for singular vectors are determined up to their sign; R itself if none differs."""
+    """D R D with D = diag(signs), for singular vectors are determined up to their sign; R itself if none differs.
+
+    Args:
+        core: R [..., r, r].
+        signs: [r] of ±1.
+    """
     if (signs > 0).all():
         return core
     d = signs.to(core)
     return d[:, None] * core * d
 
 
-def record(layer: LoraXSLayer, adapter: str) -> None:
-    """Note in the core that R now belongs to the basis the layer has."""
+def record(layer: LoraXSLayer, adapter: str) -> Tensor:
+    """Note in the core that R now belongs to the basis the layer has; returns the sketch [5, r] of that."""
     core = layer.core(adapter)
     factors = current_factors(layer, core.rank)
-    core.record(basis.sketch(factors, core.rank), factors.a, factors.bt)
+    sketch = basis.sketch(factors, core.rank)
+    core.record(sketch, factors.a, factors.bt)
+    return sketch

@@ -1,0 +1,1 @@
+"""Adapters of other methods and other shapes, read and written."""
