@@ -85,6 +85,12 @@ def _loraxs(seed: int, **more: Any) -> PeftConfig:
     return LoraXSConfig(r=16, lora_alpha=16, init_seed=seed, target_modules=TARGETS, modules_to_save=HEAD, **more)
 
 
+# The same function of v as PEFT's TinyLoRA. Module i draws its projections from projection_seed + i: the seeds lie
+# further apart than there are modules.
+def _tinylora(seed: int) -> PeftConfig:
+    return _loraxs(seed, use_tinylora=True, sigma="sqrt", u=64, projection_seed=42 + 1000 * seed)
+
+
 def _lora(rank: int, targets: list[str], **more: Any) -> Callable[[int], PeftConfig]:
     return lambda seed: LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, modules_to_save=HEAD, **more)
 
@@ -97,7 +103,6 @@ def _vera(seed: int) -> PeftConfig:
 
 
 def _peft_tinylora(seed: int) -> PeftConfig:
-    # Module i draws its projections from projection_seed + i: the seeds lie further apart than there are modules.
     return TinyLoraConfig(
         r=16,
         u=64,
@@ -112,6 +117,15 @@ ANCHOR = "LoRA-XS r = 16"
 _LIST = (
     Method("head only", None, (".head.",), 0, HEAD_RATE, "the head's rate in every other row"),
     Method(ANCHOR, _loraxs, ("loraxs_R",), 9_216, 5e-3, "the demo's"),
+    Method(
+        "EDoRA r = 16",
+        lambda seed: _loraxs(seed, use_edora=True),
+        ("loraxs_R", "loraxs_magnitude"),
+        29_952,
+        5e-3,
+        "LoRA-XS's",
+    ),
+    Method("TinyLoRA r = 16, u = 64", _tinylora, ("loraxs_R",), 2_304, 5e-3, "LoRA-XS's"),
     Method("LoRA r = 1 on query, value", _lora(1, QUERY_VALUE), ("lora_A", "lora_B"), 9_216, 5e-3, "the demo's"),
     Method("LoRA r = 8", _lora(8, TARGETS), ("lora_A", "lora_B"), 331_776, 1e-3, "the demo's"),
     Method(

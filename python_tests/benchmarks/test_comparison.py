@@ -60,6 +60,8 @@ def batch(data: Data) -> dict[str, torch.Tensor]:
 SIZES = {
     "head only": 0,
     ANCHOR: 6 * 16 * 16,
+    "EDoRA r = 16": 6 * 16 * 16 + 5 * 32 + 64,
+    "TinyLoRA r = 16, u = 64": 6 * 64,
     LORA.name: 2 * (32 + 32),
     "DoRA r = 8": 8 * (4 * 64 + 2 * 96) + 5 * 32 + 64,
     "VeRA r = 384 on query, value": 2 * (384 + 32),
