@@ -111,13 +111,13 @@ def _difference(entry: Mapping[str, Any] | None, tasks: int) -> str:
 
 
 def _speed(content: Content, name: str) -> list[str]:
-    """Median milliseconds of a step (10th to 90th percentile), and mebibytes above the frozen model's forward pass."""
+    """Median milliseconds of a step, its spread and its ratio to LoRA-XS; and MiB above the frozen forward pass."""
     found = content.get("speed", {}).get("methods", {}).get(name)
     if found is None:
         return ["–", "–"]
-    time = {key: 1e-3 * found["step"][key] for key in ("median_us", "p10_us", "p90_us")}
-    memory = statistics.median(found["peak_bytes"]) / 2**20
-    return [f"{time['median_us']:.0f} ({time['p10_us']:.0f}–{time['p90_us']:.0f})", f"{memory:.0f}"]
+    middle, low, high = (f"{1e-3 * found['step'][key]:.0f}" for key in ("median_us", "p10_us", "p90_us"))
+    over = "" if found["over_loraxs"] is None else f", {found['over_loraxs']:.2f}×"
+    return [f"{middle} ({low}–{high}){over}", f"{statistics.median(found['peak_bytes']) / 2**20:.0f}"]
 
 
 def _edges(known: Mapping[str, Mapping[str, Cell]]) -> list[str]:

@@ -9,7 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -42,15 +42,16 @@ class Data:
 @cache
 def load_data(protocol: Protocol) -> dict[str, Data]:
     """The demo's three tasks with the rows of a protocol, and its encoder; fetched where they are not yet."""
-    encoder = fetch.fetch(fetch.ENCODER)
     tasks = load_tasks(fetch.fetch(fetch.SENTENCES), (protocol.train, protocol.dev, protocol.test))
-    tokenizer = load_tokenizer(encoder)
+    tokenizer = load_tokenizer(fetch.fetch(fetch.ENCODER))
     width = max(len(task.classes) for task in tasks)
-
-    def base() -> nn.Module:
-        return TextClassifier(load_encoder(encoder), width)
-
+    base = partial(frozen_model, width)
     return {t.name: Data(t.name, tokenise_task(tokenizer, t), t.majority, base, width) for t in tasks}
+
+
+def frozen_model(width: int) -> nn.Module:
+    """The demo's encoder under an untrained head of `width` classes."""
+    return TextClassifier(load_encoder(fetch.fetch(fetch.ENCODER)), width)
 
 
 def orient(data: Data, results: Results) -> None:

@@ -17,7 +17,7 @@ from benchmarks._measure import environment, ratio, summary
 
 from .methods import ANCHOR, METHODS, Method
 from .results import Results
-from .runs import Data, load_data
+from .runs import Data, frozen_model
 from .training import Protocol, batches, optimiser, step
 
 WARM_STEPS = 3
@@ -27,7 +27,8 @@ REPEATS = 3
 
 def measure(methods: Sequence[Method], data: Data, protocol: Protocol, results: Results) -> None:
     """Note, for every method, the time of a step of training, its ratio to LoRA-XS's, and the peak memory."""
-    peaks = peak_memory([method.name for method in methods], data.name, protocol)
+    longest = max(batches(data.parts["train"], protocol, seed=0), key=lambda batch: batch["input_ids"].numel())
+    peaks = peak_memory([method.name for method in methods], longest, data.width)
     samples = step_seconds(methods, data, protocol)
     found = {
         name: {
@@ -58,39 +59,36 @@ def step_seconds(methods: Sequence[Method], data: Data, protocol: Protocol) -> d
     return samples
 
 
-def peak_memory(names: Sequence[str], task: str, protocol: Protocol) -> dict[str, list[int]]:
+def peak_memory(names: Sequence[str], batch: Mapping[str, Tensor], width: int) -> dict[str, list[int]]:
     """Bytes that a process needs at its peak beyond one that runs the frozen model forward; `REPEATS` of each.
 
-    The whole process counts: loading, whatever the method prepares from the weights, and three steps on the longest
-    batch. Every process is forked from a server that has imported everything and computed nothing.
+    The whole process counts: loading, whatever the method prepares from the weights, and three steps on the batch.
+    Every process is forked from a server that has imported everything and computed nothing.
     """
+    plain = {name: tensor.tolist() for name, tensor in batch.items()}
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     found: dict[str, list[int]] = {name: [] for name in names}
     with context.Pool(1, maxtasksperchild=1) as pool:
         for _ in tqdm(range(REPEATS), "memory", leave=False, disable=None):
-            frozen = pool.apply(_peak, (None, task, protocol))
+            frozen = pool.apply(_peak, (None, plain, width))
             for name in names:
-                found[name].append(pool.apply(_peak, (name, task, protocol)) - frozen)
+                found[name].append(pool.apply(_peak, (name, plain, width)) - frozen)
     return found
 
 
-def _peak(name: str | None, task: str, protocol: Protocol) -> int:
+def _peak(name: str | None, plain: Mapping[str, list], width: int) -> int:
     """Peak bytes of this process after three steps of a method, or after a forward pass of the frozen model."""
-    data = load_data(protocol)[task]
-    longest = max(batches(data.parts["train"], protocol, seed=0), key=lambda batch: batch["input_ids"].numel())
+    batch = {key: torch.tensor(values) for key, values in plain.items()}
+    base = frozen_model(width)
     if name is None:
-        _forward(data, longest)
+        with torch.inference_mode():
+            base.eval()(**batch)
     else:
         method = METHODS[name]
-        model = method.build(data.base(), seed=0).train()
+        model = method.build(base, seed=0).train()
         optimizer = optimiser(model, method, method.rate)
         for _ in range(WARM_STEPS):
-            step(model, optimizer, longest)
+            step(model, optimizer, batch)
     # Linux counts in KiB.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-@torch.inference_mode()
-def _forward(data: Data, batch: Mapping[str, Tensor]) -> None:
-    data.base().eval()(**batch)
