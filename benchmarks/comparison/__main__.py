@@ -2,7 +2,7 @@
 
     python -m benchmarks.comparison            tune, train and score what is missing in results/comparison.json: hours
     python -m benchmarks.comparison --speed    seconds per step and peak memory, on an otherwise idle machine: minutes
-    python -m benchmarks.comparison --report   the table of what is there; with --plot FILE also a figure
+    python -m benchmarks.comparison --report   the table of what is there, and its figure in build/comparison.png
 
 Every method is tuned alike: three learning rates, a factor of three apart, centred on its usual one, tried with the
 first seed on dev rows; the best one is trained with the other seeds too, and only it is scored on the test rows. A
@@ -44,8 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     results = Results(arguments.results, protocol)
     if arguments.report:
         print(markdown(results.read()))
-        if arguments.plot:
-            draw(results.read(), arguments.plot)
+        draw(results.read(), arguments.plot)
         return 0
     methods = [METHODS[name] for name in arguments.methods]
     passed = [method for method in methods if _passes(method, protocol, results)]
@@ -109,7 +108,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "comparison", help="trained adapters")
     parser.add_argument("--speed", action="store_true", help="measure seconds per step and peak memory instead")
     parser.add_argument("--report", action="store_true", help="print the table of the results instead")
-    parser.add_argument("--plot", type=Path, help="with --report: draw accuracy against size into this PNG or SVG file")
+    plot = ROOT / "build" / "comparison.png"
+    parser.add_argument("--plot", type=Path, default=plot, help="figure of --report, PNG or SVG; default %(default)s")
     return parser
 
 

@@ -19,14 +19,14 @@ def markdown(content: Content) -> str:
     """The table with all that is known so far; what is missing shows as a dash or with the number of its seeds."""
     known = cells(content)
     tasks = list(content["tasks"])
-    names = [name for name in METHODS if name in known] + [name for name in known if name not in METHODS]
+    names = [name for name in dict.fromkeys([*METHODS, *known]) if name in known or name in content["methods"]]
     seeds = max((len(cell.accuracy) for row in known.values() for cell in row.values()), default=0)
     against = differences(content, ANCHOR)
     header = ["method", "trained numbers", "bytes", *tasks, "to LoRA-XS", "ms a step", "peak MiB"]
     lines = [
         ["most frequent class", "–", "–", *_plain(content, tasks, lambda task: task["majority"]), "", "", ""],
         [
-            "frozen encoder, converged head",
+            "converged head",
             "0",
             "0",
             *_plain(content, tasks, lambda task: task["converged_head"]["accuracy"]),
@@ -42,13 +42,12 @@ def markdown(content: Content) -> str:
                 name,
                 _count(facts.get("parameters")),
                 "0" if facts.get("parameters") == 0 else _count(facts.get("bytes")),
-                *(_accuracy(known[name].get(task), seeds) for task in tasks),
+                *(_accuracy(known.get(name, {}).get(task), seeds) for task in tasks),
                 _difference(against.get(name, {}).get("all"), len(tasks)) if name != ANCHOR else "0",
                 *_speed(content, name),
             ]
         )
-    notes = [*_edges(known)]
-    return "\n\n".join([table(header, lines), *notes])
+    return "\n\n".join([table(header, lines), *_edges(known)])
 
 
 def draw(content: Content, path: Path) -> None:
