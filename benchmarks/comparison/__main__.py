@@ -21,7 +21,6 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
-import transformers
 
 from benchmarks._measure import RESULTS, ROOT
 
@@ -29,7 +28,7 @@ from .checks import CheckFailed, check
 from .methods import METHODS, Method
 from .report import draw, markdown
 from .results import Results
-from .runs import load_data, orient, run_cell
+from .runs import load_data, orient, quieten, run_named
 from .training import Protocol, batches
 
 TASKS = ("movie", "product", "source")
@@ -38,8 +37,7 @@ TASKS = ("movie", "product", "source")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run what the arguments ask for; 1 when a method failed its checks."""
     arguments = _parser().parse_args(argv)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    quieten()
     protocol = Protocol(train=arguments.rows)
     results = Results(arguments.results, protocol)
     if arguments.report:
@@ -78,23 +76,17 @@ def _train(methods: Sequence[Method], arguments: argparse.Namespace, protocol: P
     common = (arguments.seeds, protocol, arguments.results, arguments.work)
     if arguments.jobs == 1:
         for cell in cells:
-            _cell(*cell, *common)
+            run_named(*cell, *common)
         return
     os.environ["OMP_NUM_THREADS"] = str(max(1, torch.get_num_threads() // arguments.jobs))
     with ProcessPoolExecutor(arguments.jobs, get_context("spawn")) as pool:
-        pending = [pool.submit(_cell, *cell, *common) for cell in cells]
+        pending = [pool.submit(run_named, *cell, *common) for cell in cells]
         try:
             for done in as_completed(pending):
                 done.result()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-
-
-def _cell(task: str, method: str, seeds: Sequence[int], protocol: Protocol, path: Path, work: Path) -> None:
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    run_cell(load_data(protocol)[task], METHODS[method], seeds, protocol, Results(path, protocol), work)
 
 
 def _parser() -> argparse.ArgumentParser:

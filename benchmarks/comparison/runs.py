@@ -13,6 +13,7 @@ from functools import cache, partial
 from pathlib import Path
 
 import torch
+import transformers
 from torch import Tensor, nn
 
 from examples.demo import fetch
@@ -20,7 +21,7 @@ from examples.demo.data import load_tasks
 from examples.demo.model import TextClassifier, load_encoder, load_tokenizer
 from examples.demo.train import correct, predict, tokenise_task, train_baseline
 
-from .methods import Method
+from .methods import METHODS, Method
 from .results import Content, Results
 from .training import Protocol, train
 
@@ -79,6 +80,18 @@ def run_cell(
         row = _train_once(data, method, best, seed, protocol, results, work)
         if "test_accuracy" not in row:
             _score(row, data, method, results, work)
+
+
+def run_named(task: str, method: str, seeds: Sequence[int], protocol: Protocol, path: Path, work: Path) -> None:
+    """`run_cell` for a process of its own, which gets names instead of what they stand for."""
+    quieten()
+    run_cell(load_data(protocol)[task], METHODS[method], seeds, protocol, Results(path, protocol), work)
+
+
+def quieten() -> None:
+    """No reports of loading: the same encoder is loaded for every run."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
 
 
 def best_rate(rows: Sequence[Content], rates: Sequence[float]) -> float:
