@@ -94,7 +94,8 @@ def environment() -> dict[str, Any]:
     import loraxs_ext.ops  # noqa: F401  (loads the compiled ops that _C reports on)
     from loraxs_ext.cli import cpu_name
 
-    changes = _git("status", "--porcelain")
+    # Results that are being written are no changes of what is measured.
+    changes = _git("status", "--porcelain", "--", ":/", ":!/benchmarks/results")
     return {
         "device": cpu_name(),
         "threads": torch.get_num_threads(),

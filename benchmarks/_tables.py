@@ -98,6 +98,13 @@ def gpu_tables(result: Result) -> str:
     return "\n\n".join(parts)
 
 
+def comparison_table(result: Result) -> str:
+    """Methods against tasks; what it takes to draw it is imported only for such a file."""
+    from benchmarks.comparison.report import markdown
+
+    return markdown(result)
+
+
 def generic_table(result: Result) -> str:
     """Any rows: what is a plain value in all of them, and the median or value of what is nested."""
     flat = [_flatten(row) for row in result["rows"]]
@@ -107,6 +114,7 @@ def generic_table(result: Result) -> str:
 
 # The first that fits a file makes its tables.
 TABLES: tuple[tuple[Callable[[Result], bool], Callable[[Result], str]], ...] = (
+    (lambda result: result.get("kind") == "comparison", comparison_table),
     (lambda result: "ceilings" in result, gpu_tables),
     (lambda result: "loraxs_over_naive" in result["rows"][0], linear_tables),
     (lambda result: any("seconds_for_96" in row for row in result["rows"]), basis_tables),
