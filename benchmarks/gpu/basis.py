@@ -9,13 +9,15 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from benchmarks.gpu import eigenproblems
+from benchmarks.gpu.clock import timed
+from benchmarks.gpu.cusolver import NotAvailable, Xgesvdr
 from loraxs_ext.basis import Factors, Recipe, decompose
 from loraxs_ext.basis.chebyshev import subspace_width
 
@@ -51,7 +53,7 @@ TINY = (Model("tiny", {(320, 320): 3, (320, 400): 2}, 4, torch.float32, None),)
 def measure(
     device: torch.device, *, dry: bool = False, bandwidth: float | None = None, flops: float | None = None
 ) -> list[dict[str, Any]]:
-    """One row a model: seconds of every provider, error, steps, and the share of the limit that is reached.
+    """One row a model: seconds of every provider, its error, and the share of the limit; then the eigenproblems alone.
 
     Args:
         device: where to decompose.
@@ -66,7 +68,7 @@ def measure(
         for row in rows:
             for figure in ("seconds", "spread_seconds", "speedup", "met", "share_of_limit"):
                 row.pop(figure, None)
-    return rows
+    return rows + eigenproblems.measure(device, dry=dry)
 
 
 def _measure(model: Model, device: torch.device, bandwidth: float | None, flops: float | None) -> dict[str, Any]:
@@ -75,7 +77,7 @@ def _measure(model: Model, device: torch.device, bandwidth: float | None, flops:
     found: dict[str, Factors] = {}
     for _ in range(ROUNDS + 1):
         found.clear()
-        seconds, made = _timed(lambda: decompose(weights, model.rank, Recipe(tol=TOL), progress=False), device)
+        seconds, made = timed(lambda: decompose(weights, model.rank, Recipe(tol=TOL), progress=False), device)
         found.update(made)
         samples.append(seconds)
     judged = _one_of_each(weights)
@@ -83,7 +85,7 @@ def _measure(model: Model, device: torch.device, bandwidth: float | None, flops:
     errors = [_check(name, weights[name], found[name], truth) for name, truth in exact.items()]
     # The first round compiles kernels and makes the handles of libraries.
     ours = statistics.median(samples[1:])
-    peers, peer_errors = _peers(model, weights, exact)
+    peers, peer_errors, not_available = _peers(model, weights, exact)
     row: dict[str, Any] = {
         "kind": "basis",
         "model": model.name,
@@ -94,6 +96,7 @@ def _measure(model: Model, device: torch.device, bandwidth: float | None, flops:
         "spread_seconds": [min(samples[1:]), max(samples[1:])],
         "worst_error": {"ours": max(errors), **peer_errors},
         "speedup": {name: seconds / ours for name, seconds in peers.items()},
+        "not_available": not_available,
         "limit_seconds": model.limit_seconds,
         "met": None if model.limit_seconds is None else ours <= model.limit_seconds,
     }
@@ -124,17 +127,6 @@ def _one_of_each(weights: Mapping[str, Tensor]) -> dict[tuple[int, ...], str]:
     return {tuple(W.shape): name for name, W in reversed(weights.items())}
 
 
-def _timed(call: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
-    """Wall seconds of a call that decides on the host and computes on the device."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    result = call()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start, result
-
-
 def _left_vectors(W: Tensor, rank: int) -> Tensor:
     """[N, rank] top left singular vectors in fp64, from the Gram matrix of the shorter side."""
     wide = W.double()
@@ -160,22 +152,38 @@ def _check(name: str, W: Tensor, found: Factors, exact: Tensor) -> float:
 
 def _peers(
     model: Model, weights: Mapping[str, Tensor], exact: Mapping[str, Tensor]
-) -> tuple[dict[str, float], dict[str, float]]:
-    """Seconds for the model, from one matrix of each shape times their number, and the worst error."""
+) -> tuple[dict[str, float], dict[str, float], dict[str, str]]:
+    """Seconds for the model, from one matrix of each shape times their number, the worst error, and who is missing."""
     calls: dict[str, Callable[[Tensor], Tensor]] = {
         "torch.svd_lowrank": lambda W: torch.svd_lowrank(W.float(), model.rank, niter=2)[0],
         "torch.linalg.svd": lambda W: torch.linalg.svd(W.float(), full_matrices=False)[0][:, : model.rank],
     }
+    not_available = {}
+    try:
+        xgesvdr = Xgesvdr(next(iter(weights.values())).device)
+        for niter in (2, 10):
+            calls[_xgesvdr(niter)] = lambda W, niter=niter: xgesvdr(W, model.rank, Recipe().n_oversamples, niter)
+    except NotAvailable as reason:
+        not_available = {_xgesvdr(niter): f"not available: {reason}" for niter in (2, 10)}
     seconds, errors = dict.fromkeys(calls, 0.0), dict.fromkeys(calls, 0.0)
     for shape, name in _one_of_each(weights).items():
         W = weights[name]
-        for peer, call in calls.items():
-            # A complete decomposition takes seconds: a corner of the matrix is enough to make the library's handles.
-            call(W[:256, :256])
-            once, left = _timed(lambda call=call, W=W: call(W), W.device)
+        for peer, call in list(calls.items()):
+            try:
+                # A complete decomposition takes seconds: a corner of the matrix is enough to make the handles.
+                call(W[:256, :256])
+                once, left = timed(lambda call=call, W=W: call(W), W.device)
+            except NotAvailable as reason:
+                not_available[peer] = f"not available: {reason}"
+                del calls[peer], seconds[peer], errors[peer]
+                continue
             seconds[peer] += once * model.shapes[shape[0], shape[1]]
             errors[peer] = max(errors[peer], _sine(left, exact[name]))
-    return seconds, errors
+    return seconds, errors, not_available
+
+
+def _xgesvdr(niter: int) -> str:
+    return f"cuSOLVER Xgesvdr, niters={niter}"
 
 
 def _limit(model: Model, bandwidth: float, flops: float) -> float:

@@ -12,6 +12,17 @@ from torch import Tensor
 Call = Callable[[], tuple[Tensor, ...]]
 
 
+def timed(call: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
+    """Wall seconds of a call that decides on the host and computes on the device, and its result."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    result = call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start, result
+
+
 class Timed(NamedTuple):
     """What one provider runs: `run()` goes through all sets of weights; `outputs` are what the last one wrote."""
 

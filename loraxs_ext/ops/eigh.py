@@ -14,7 +14,7 @@ from . import contract as contract
 TORCH_LOOPS_OVER_THE_BATCH = tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 12)
 JACOBI_FROM_BATCH = 16
 BATCHED_BY_TORCH = 32
-# Twice 128 KiB of G: what stays in the L1 cache of a multiprocessor.
+# A matrix of 128 KiB stays in the L1 cache of a multiprocessor: 192 KiB of an A100, 256 of an H100.
 MAX_JACOBI = 128
 
 

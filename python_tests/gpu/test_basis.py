@@ -12,6 +12,7 @@ from loraxs_ext.ops import reference
 
 from ..basis.matrices import CASES, defect, gaussian, power_law, spiked, subspace_sine
 from ..basis.test_svd import check_properties, unconverged_allowed
+from ..ops.symmetric import MATRICES, assert_solves, gram, near_diagonal, symmetric
 
 pytestmark = pytest.mark.gpu
 
@@ -38,6 +39,25 @@ def test_orthonormalize_completes_dependent_columns() -> None:
     Y = gaussian(2, 500, 80)
     Y[0, :, 3], Y[0, :, 70], Y[1] = 0.0, Y[0, :, 1] - 2 * Y[0, :, 40], 0.0
     assert all(defect(Q) < 3e-7 for Q in orthonormalize(Y.cuda()).cpu())
+
+
+@pytest.mark.parametrize("name", [*MATRICES, "32", "64", "97", "127", "128", "filtered 96", "Gram 128"])
+def test_jacobi_solves_symmetric_eigenproblems(name: str) -> None:
+    eigh = pytest.importorskip("loraxs_ext.ops.triton.eigh", reason="Triton is not installed").eigh
+    larger = {"filtered 96": lambda: near_diagonal(20, 96), "Gram 128": lambda: gram(150, 128, 100)}
+    larger |= {str(n): lambda n=n: symmetric(3, n) for n in (32, 64, 97, 127, 128)}
+    A = (MATRICES | larger)[name]()
+    found, again = eigh(A.cuda()), eigh(A.cuda())
+    assert_solves(A, *(part.cpu() for part in found))
+    assert all(torch.equal(*pair) for pair in zip(found, again, strict=True))
+
+
+def test_eigh_on_the_device_whoever_solves_it() -> None:
+    for A in (symmetric(64, 64), symmetric(2, 64), symmetric(16, 160), symmetric(0, 8)):
+        values, vectors = torch.ops.loraxs._eigh(A.cuda())
+        assert values.is_cuda and vectors.is_cuda
+        if A.numel():
+            assert_solves(A, values.cpu(), vectors.cpu())
 
 
 @pytest.mark.parametrize("method", ["auto", "block_lanczos", "chebyshev"])

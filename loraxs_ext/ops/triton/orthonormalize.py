@@ -9,6 +9,8 @@ columns were, and a shift is not needed (cf. Fukaya et al., "Shifted Cholesky QR
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -27,6 +29,9 @@ SPLIT_ROWS = 1024
 BLOCK_N = 32
 BLOCK_K = 32
 BLOCK_C = 32
+# Triton before 3.9 multiplies fp64 on the ordinary cores of sm_100, where the last product would spill: fewer rows.
+TENSOR_CORES_FROM_BLACKWELL_ON = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)
+BLOCK_N_ORDINARY = 16
 
 
 @triton.jit
@@ -186,15 +191,26 @@ def orthonormalize(Y: Tensor) -> Tensor:
     lost = torch.empty((batch, k), dtype=torch.int32, device=Y.device)
     # Integers of variance 8: as exact in int8 as in any other type.
     stand_in = probes(k, n, COMPLETION, device=Y.device, dtype=torch.int8)
-    source = Y
+    source, apply_n = Y, apply_rows(_major_capability(Y.device))
     for _ in range(PASSES):
         strides, Q = source.stride(), torch.empty((batch, k, n), dtype=torch.float32, device=Y.device)
         _gram_kernel[(tiles * tiles, splits, batch)](
             source, scratch, n, k, *strides, SPLIT_ROWS=SPLIT_ROWS, BLOCK_N=BLOCK_N, BLOCK=BLOCK_K
         )
         _factor_kernel[(batch,)](scratch, length, inverse, lost, splits, k, LOST=LOST, BLOCK=BLOCK_C)
-        _apply_kernel[(triton.cdiv(n, BLOCK_N), tiles, batch)](
-            source, inverse, lost, stand_in, Q, n, k, *strides, (8.0 * n) ** -0.5, BLOCK_N=BLOCK_N, BLOCK=BLOCK_K
+        _apply_kernel[(triton.cdiv(n, apply_n), tiles, batch)](
+            source, inverse, lost, stand_in, Q, n, k, *strides, (8.0 * n) ** -0.5, BLOCK_N=apply_n, BLOCK=BLOCK_K
         )
         source = Q.mT
     return source
+
+
+def apply_rows(major: int) -> int:
+    """Rows of Y that the last product takes at a time, by the major compute capability."""
+    return BLOCK_N if major < 10 or TENSOR_CORES_FROM_BLACKWELL_ON else BLOCK_N_ORDINARY
+
+
+@cache
+def _major_capability(device: torch.device) -> int:
+    """0 where there is no GPU: for the interpreter."""
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
