@@ -23,14 +23,6 @@ constexpr bool wide_enough(int64_t M, int64_t r) { return M >= 16 || (M >= 8 && 
 // Rows are dealt out in whole tiles, columns in whole words of the dropout mask, ranks in whole register blocks.
 constexpr int64_t kRowGrain = 16, kColumnGrain = 64, kRankGrain = 16;
 
-template <class T>
-auto& table() {
-  if constexpr (std::is_same_v<T, double>)
-    return portable_kernels64;
-  else
-    return kernels();
-}
-
 // Whether M * r * width multiply-adds are done sooner on the calling thread alone.
 template <class T>
 bool runs_inline(int64_t M, int64_t r, int64_t width) {

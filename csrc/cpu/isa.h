@@ -1,5 +1,7 @@
 // Which instruction sets this machine has, and which level the kernels use.
 #pragma once
+#include <type_traits>
+
 #include "cpu/lowrank.h"
 
 namespace loraxs::cpu {
@@ -16,6 +18,15 @@ Isa isa();
 
 // Kernels of the level in use.
 const Kernels& kernels();
+
+// The same for elements T: fp64 has one level only.
+template <class T>
+const auto& table() {
+  if constexpr (std::is_same_v<T, double>)
+    return portable_kernels64;
+  else
+    return kernels();
+}
 
 }  // namespace loraxs::cpu
 

@@ -23,14 +23,6 @@ constexpr int64_t kRowGrain = 16;
 // slot's own rows, and rounding errors grow with a piece and with the number of pieces only.
 constexpr int64_t kPiece = 32;
 
-template <class T, class P>
-const Scaled<T, P>& table() {
-  if constexpr (std::is_same_v<T, double>)
-    return portable_kernels64;
-  else
-    return kernels();
-}
-
 template <class F>
 void split(int64_t n, bool alone, const F& fn) {
   alone ? fn(0, n) : parallel_for(n, fn);
@@ -46,9 +38,10 @@ void copy_base_rows(const int32_t* slots, const T* from, T* to, int64_t M, int64
 
 template <class T, class P>
 void rescale(const Rescale<T, P>& r) {
+  const Scaled<T, P>& k = table<T>();
   const auto rows = [&](int64_t g0, int64_t g1) {
     const int64_t m0 = g0 * kRowGrain, m1 = std::min(g1 * kRowGrain, r.M), at = m0 * r.N;
-    table<T, P>().rescale({r.z + at, r.g, r.slots ? r.slots + m0 : nullptr, r.bias, r.y + at, m1 - m0, r.N});
+    k.rescale({r.z + at, r.g, r.slots ? r.slots + m0 : nullptr, r.bias, r.y + at, m1 - m0, r.N});
   };
   split((r.M + kRowGrain - 1) / kRowGrain, r.M * r.N < kInlineElements, rows);
 }
@@ -60,6 +53,7 @@ void rescale_backward(const RescaleGradients<T, P>& g) {
     if (g.dz) rescale<T, P>({g.dy, g.g, g.slots, nullptr, g.dz, g.M, g.N});
     return;
   }
+  const Scaled<T, P>& k = table<T>();
   struct Piece {
     int64_t slot, first, count;
   };
@@ -78,12 +72,12 @@ void rescale_backward(const RescaleGradients<T, P>& g) {
     for (int64_t i = i0; i < i1; ++i) {
       const Piece& p = pieces[size_t(i)];
       const int32_t* rows = g.slots ? lists.rows.data() + p.first : nullptr;
-      table<T, P>().back({g.dy, g.z, g.g + p.slot * g.N, rows, p.first, p.count, g.N, g.dz, sums.get() + i * g.N});
+      k.back({g.dy, g.z, g.g + p.slot * g.N, rows, p.first, p.count, g.N, g.dz, sums.get() + i * g.N});
     }
   });
   for (int64_t slot = 0; slot < g.S; ++slot) {
     const int64_t first = start[size_t(slot)], count = start[size_t(slot) + 1] - first;
-    table<T, P>().total({sums.get() + first * g.N, count, g.N, g.dg + slot * g.N});
+    k.total({sums.get() + first * g.N, count, g.N, g.dg + slot * g.N});
   }
   if (g.dz && g.slots) copy_base_rows(g.slots, g.dy, g.dz, g.M, g.N);
 }

@@ -16,14 +16,6 @@ constexpr int64_t kInlineWork = 800'000;
 // Rows of R L, and rows of W, that are dealt out together: whole register blocks.
 constexpr int64_t kCoreGrain = 16, kRowGrain = 256;
 
-template <class T>
-auto& table() {
-  if constexpr (std::is_same_v<T, double>)
-    return portable_kernels64;
-  else
-    return kernels();
-}
-
 template <class F>
 void in_grains(int64_t n, int64_t grain, bool alone, const F& fn) {
   if (alone) return fn(0, n);
