@@ -14,8 +14,9 @@ from .allocation import allocate, uniform_rank
 from .gradients import GRADIENT_MEMORY, Batch, Loss, ModuleGradient, measure, model_loss
 from .patterns import with_ranks
 
-# Whether ranks that promise more gained energy are recommended. In benchmarks/advice.py (2,304 parameters, 3 seeds)
-# they held 1.8 to 2.4 times as much of it, and test accuracy differed by -0.9 ± 0.8, -0.4 ± 0.5 and +1.5 ± 0.8 points.
+# Whether ranks that promise more gained energy are recommended. In benchmarks/advice.py (three tasks, 2,304 and 9,216
+# parameters, 3 seeds) they held 1.7 to 2.4 times as much of it, and test accuracy differed by -1.8 ± 0.5 to +1.5 ± 0.8
+# points, to their disadvantage in four of six cases.
 FOLLOW_GRADIENTS = False
 
 Choice = Literal["uniform", "advised"]
