@@ -13,8 +13,8 @@ namespace {
 // Rows of w are dealt out in this many parts, whose sums are added in order: the number of threads changes nothing.
 constexpr int64_t kParts = 8;
 
-// Rows of a strip: as many as an eighth of an L2 holds, and few enough that x wᵀ stays in registers' reach.
-constexpr int64_t kStripBytes = 1 << 18, kMostRows = 64;
+// Rows of a strip: as many as a quarter of an L2 holds, and few enough that x wᵀ stays in registers' reach.
+constexpr int64_t kStripBytes = 1 << 19, kMostRows = 64;
 
 int64_t strip_rows(int64_t n) { return std::clamp<int64_t>(kStripBytes / int64_t(sizeof(float)) / n, 8, kMostRows); }
 

@@ -116,10 +116,12 @@ def _groups(
 ) -> Iterator[_Found]:
     """What to decompose, in chunks that fit the memory of the stager's device, or of each weight's own without one."""
     waiting: dict[tuple[object, ...], list[tuple[_Job, Tensor]]] = {}
+    stagers: dict[torch.device, Stager] = {}
 
     def flush(kind: tuple[object, ...]) -> _Found:
         jobs, tensors = zip(*waiting.pop(kind), strict=True)
-        own = Stager(tensors[0].device) if stager is None else stager
+        device = tensors[0].device
+        own = stagers.setdefault(device, Stager(device, reuse=True)) if stager is None else stager
         return _Found(list(jobs), stack=own.stack(tensors, _exact_dtype(tensors[0])))
 
     # A function of its own, so that no variable keeps a weight alive while the next one is loaded.

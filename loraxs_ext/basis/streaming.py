@@ -80,11 +80,14 @@ class Stager:
     Args:
         device: of the stacks.
         overlap: with what the caller's stream computes; without effect on other devices.
+        reuse: make one stack after the other in the same memory, so that a stack is gone when the next one is made.
     """
 
-    def __init__(self, device: torch.device, *, overlap: bool = False) -> None:
+    def __init__(self, device: torch.device, *, overlap: bool = False, reuse: bool = False) -> None:
         self.device = device
         self._stream: torch.cuda.Stream | None = None
+        self._reuse = reuse
+        self._room: Tensor | None = None
         self._buffers: list[tuple[Tensor, torch.cuda.Event] | None] = [None, None]
         self._turn = 0
         if overlap and device.type == "cuda":
@@ -102,6 +105,11 @@ class Stager:
         if self._stream is None:
             if len(weights) == 1:
                 return Stack(weights[0].to(self.device, dtype)[None], None)
+            if self._reuse:
+                values = self._make_room(len(weights), weights[0].shape, dtype)
+                for place, weight in zip(values, weights, strict=True):
+                    place.copy_(weight)
+                return Stack(values, None)
             return Stack(torch.stack([weight.to(self.device, dtype) for weight in weights]), None)
         with self.running():
             values = torch.empty(len(weights), *weights[0].shape, dtype=dtype, device=self.device)
@@ -113,6 +121,13 @@ class Stager:
             ready = torch.cuda.Event()
             ready.record()
         return Stack(values, ready)
+
+    def _make_room(self, count: int, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """[count, N, K], from the room there is: fresh memory costs as much as what is copied there."""
+        room = self._room
+        if room is None or room.dtype != dtype or room.shape[1:] != shape or len(room) < count:
+            self._room = room = torch.empty(count, *shape, dtype=dtype, device=self.device)
+        return room[:count]
 
     def _send(self, weight: Tensor, place: Tensor) -> None:
         """Copy through one of the pinned buffers, in the weight's own dtype: half types cross the bus as such."""
