@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import sys
-import types
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, TinyLoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from loraxs_ext import LoraXSConfig, cli
+from loraxs_ext import cli
 from loraxs_ext.checkpoint.importing import detect
 
 from .checkpoint.folders import Folders, save
@@ -107,30 +105,37 @@ def _as(folder: Path, path: Path, key: str | None = None, **fields: Any) -> Path
     return path
 
 
-@pytest.mark.parametrize("kind", ["reference", "tinylora"])
-def test_import_of_what_is_loaded(
-    kind: str, folders: Folders, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The loader is called with the model of the base and the folder, and what it returns is saved."""
-    calls: list[tuple[str, ...]] = []
+def test_import_of_a_tinylora(folders: Folders, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = TinyLoraConfig(r=3, u=5, target_modules=["q_proj", "down_proj"], init_weights="uniform", init_v_bound=1.0)
+    theirs = get_peft_model(folders.load(), config).eval()
+    theirs.save_pretrained(tmp_path / "theirs")
+    assert detect(tmp_path / "theirs") == "tinylora"
+    assert told(capsys, "import", folders.base, tmp_path / "theirs", tmp_path / "xs")["kind"] == "tinylora"
+    wanted = folders.logits(theirs)
+    torch.testing.assert_close(folders.logits(folders.adapted(tmp_path / "xs")), wanted, rtol=1e-5, atol=1e-5)
+    # What was imported is merged and exported like any other adapter.
+    run("merge", folders.base, tmp_path / "xs", tmp_path / "merged")
+    torch.testing.assert_close(folders.logits(folders.load(tmp_path / "merged")), wanted, rtol=1e-4, atol=1e-4)
+    run("export", folders.base, tmp_path / "xs", tmp_path / "lora")
+    torch.testing.assert_close(folders.logits(folders.adapted(tmp_path / "lora")), wanted, rtol=1e-4, atol=1e-4)
+    message = failure(capsys, "import", folders.base, tmp_path / "theirs", tmp_path / "none", "--rank", 4)
+    assert "--rank: expected for a LoRA only, got one for an adapter of kind tinylora" in message
 
-    def load(model: torch.nn.Module, folder: str, adapter_name: str = "default") -> PeftModel:
-        calls.append((type(model).__name__, folder, adapter_name))
-        assert not any(parameter.is_meta for parameter in model.parameters())
-        return get_peft_model(model, LoraXSConfig(r=4, target_modules=["q_proj"]))
 
-    module = types.ModuleType(f"loraxs_ext.checkpoint.{kind}")
-    setattr(module, f"load_{kind}", load)
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    key = "base_model.model.x.default_lora_latent_mapping.weight" if kind == "reference" else None
-    fields = {"peft_type": "LORA" if kind == "reference" else "TINYLORA"}
-    other = _as(folders.adapter, tmp_path / "other", key, **fields)
-    assert detect(other) == kind
-    assert told(capsys, "import", folders.base, other, tmp_path / "xs")["kind"] == kind
-    assert calls == [("LlamaForCausalLM", str(other), "default")]
-    assert len(layers_of(folders.adapted(tmp_path / "xs"))) == 2
-    message = failure(capsys, "import", folders.base, other, tmp_path / "none", "--rank", 4)
-    assert f"--rank: expected for a LoRA only, got one for an adapter of kind {kind}" in message
+def test_import_of_the_reference(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+    pytest.importorskip("sklearn", reason="scikit-learn makes the bases of the reference")
+    from .checkpoint.reference_format import forward, inputs, roberta, train, write
+
+    monkeypatch.setenv("LORAXS_CACHE", str(tmp_path / "cache"))
+    roberta().save_pretrained(tmp_path / "base")
+    trained = train(roberta())
+    theirs = write(tmp_path / "theirs", trained, spelling="peft 0.17")
+    assert detect(theirs) == "reference"
+    assert told(capsys, "import", tmp_path / "base", theirs, tmp_path / "xs")["kind"] == "reference"
+    loaded = PeftModel.from_pretrained(roberta(), tmp_path / "xs").eval()
+    with torch.no_grad():
+        found, expected = loaded(**inputs()).logits, forward(roberta(), trained)
+    assert float((found - expected).norm() / expected.norm()) < 1e-5
 
 
 def test_import_of_what_is_nothing_known(folders: Folders, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,9 +19,9 @@ from .orthonormal import orthonormalize_rows
 from .precision import gram_rows
 from .probes import START, probes
 
-# Steps, and vectors, before the first look at the error, and steps between two looks while the speed of convergence is
-# not known.
-_FIRST_CHECK, _FIRST_VECTORS, _CYCLE = 3, 40, 2
+# Steps to make at least, vectors before the first look at the error, and steps between two looks while the speed of
+# convergence is not known.
+_LEAST_STEPS, _FIRST_VECTORS, _CYCLE = 3, 40, 2
 # Blocks that the basis holds beyond the vectors that survive a restart. Keeping the whole space instead saves one or
 # two steps of 24, but its eigenproblems then cost more than the products.
 _ROOM = 6
@@ -132,12 +132,13 @@ def lanczos_subspace(
         block: vectors per step.
     """
     batch, side = len(matrices), min(matrices.shape[1:])
-    first = max(_FIRST_CHECK, -(-_FIRST_VECTORS // block), -(-2 * rank // block) + 1)
+    least = max(_LEAST_STEPS, -(-2 * rank // block) + 1)
+    first = max(least, -(-_FIRST_VECTORS // block))
     survivors = rank + n_oversamples
     capacity = max(first * block, survivors + _ROOM * block)
     if 2 * capacity > side:
         return gram_subspace(matrices, rank)
-    final = max(max_iter, first)
+    final = max(max_iter, least)
     dtype = matrices.dtype
     eps = torch.finfo(dtype).eps
     result = empty_subspace(matrices, rank)
