@@ -25,9 +25,9 @@ FLOORS = {
     "advisor": 4,
     "training": 4,
     "serve": 5,
-    FACADE: 5,
-    "commands": 6,
-    "cli": 7,
+    FACADE: 6,
+    "commands": 7,
+    "cli": 8,
 }
 
 
