@@ -52,7 +52,7 @@ class Route:
             return self.slots
         if x.shape[0] % rows or (self.exact and x.ndim > 2 and x.shape[0] != rows):
             raise ValueError(
-                f"adapter_names: expected one name per row of the batch, got {rows} names for an input of shape "
+                f"adapters: expected one name per row of the batch, got {rows} names for an input of shape "
                 f"{list(x.shape)}"
             )
         return self.slots.repeat_interleave(tokens // rows)
