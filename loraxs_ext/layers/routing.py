@@ -52,8 +52,8 @@ class Route:
             return self.slots
         if x.shape[0] % rows or (self.exact and x.ndim > 2 and x.shape[0] != rows):
             raise ValueError(
-                f"adapters: expected one name per row of the batch, got {rows} names for an input of shape "
-                f"{list(x.shape)}"
+                f"adapters: expected one name per row of the batch, or one slot per token, got {rows} for an input of "
+                f"shape {list(x.shape)}"
             )
         return self.slots.repeat_interleave(tokens // rows)
 

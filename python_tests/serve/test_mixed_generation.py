@@ -129,7 +129,7 @@ def test_other_numbers_of_rows_are_refused(scene: Scene, rows):
     with loraxs_ext.adapters(scene.model, NAMES):
         with pytest.raises(ValueError, match=f"one name per row of the batch, got 4 names for {rows} rows"):
             generate(scene.model, inputs["input_ids"])
-        with pytest.raises(ValueError, match="one name per row of the batch, got 4 names for an input of shape"):
+        with pytest.raises(ValueError, match="got 4 for an input of shape"):
             logits(scene.model, inputs)
 
 
@@ -155,7 +155,7 @@ def test_a_plain_peft_model(scene: Scene):
     with loraxs_ext.adapters(scene.oracle, NAMES):
         with pytest.raises(ValueError, match="got 4 names for 8 rows"):
             generate(scene.oracle, scene.ids(8))
-        with pytest.raises(ValueError, match="got 4 names for an input of shape"):
+        with pytest.raises(ValueError, match="got 4 for an input of shape"):
             logits(scene.oracle, scene.case.inputs(8))
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from transformers import ContinuousBatchingConfig, GenerationConfig
+from transformers.generation.continuous_batching.input_outputs import ContinuousBatchingIOs
 
 from ..peft.models import logits
 from .scenes import NAMES, Scene
@@ -64,7 +66,7 @@ def test_another_number_of_tokens_is_refused(llama: Scene):
             if tokens == 1:
                 logits(llama.model, inputs)  # one slot for the one row
                 continue
-            with pytest.raises(ValueError, match=f"got {tokens} names for an input of shape"):
+            with pytest.raises(ValueError, match=f"got {tokens} for an input of shape"):
                 logits(llama.model, inputs)
 
 
@@ -88,3 +90,36 @@ def test_a_compiled_step_sees_what_is_written_into_the_buffer(llama: Scene):
             found = logits(compiled, inputs)
         torch.testing.assert_close(found, logits(llama.model, inputs))
         assert not torch.allclose(found[:, : LENGTHS[0]], base[:, : LENGTHS[0]])
+
+
+def test_continuous_batching(llama: Scene, monkeypatch):
+    """transformers calls the model with [1, tokens], prompts and single tokens side by side, in a thread of its own."""
+    prompts = {
+        f"request-{name}": ids.tolist() for name, ids in zip(NAMES, llama.ids(1, 14)[0].split(LENGTHS), strict=True)
+    }
+    prepare = ContinuousBatchingIOs.prepare_batch_tensors
+
+    def prepare_with_slots(self, requests_in_batch, *args, **kwargs):
+        tokens = [slot_of[r.state.request_id] for r in requests_in_batch for _ in range(r.query_length)]
+        prepare(self, requests_in_batch, *args, **kwargs)
+        assign(torch.tensor(tokens, dtype=torch.int32))
+
+    monkeypatch.setattr(ContinuousBatchingIOs, "prepare_batch_tensors", prepare_with_slots)
+    options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": -1}
+    config = ContinuousBatchingConfig(allow_block_sharing=False, num_blocks=16, max_batch_tokens=8)
+    found = {}
+    with llama.pool.acquire(NAMES) as lease, llama.pool.token_slots() as assign:
+        slot_of = dict(zip(prompts, lease.slots, strict=True))
+        with llama.model.continuous_batching_context_manager(
+            GenerationConfig(**options), continuous_batching_config=config, warmup=False, timeout=10
+        ) as manager:
+            for request, prompt in prompts.items():
+                manager.add_request(prompt, request_id=request)
+            while len(found) < len(prompts):
+                result = manager.get_result(timeout=30)
+                assert result is not None
+                if result.is_finished():
+                    found[result.request_id] = result.generated_tokens
+    for name, (request, prompt) in zip(NAMES, prompts.items(), strict=True):
+        expected = llama.alone(name).generate(input_ids=torch.tensor([prompt]), **options)[0, len(prompt) :]
+        assert found[request] == expected.tolist()
