@@ -27,7 +27,8 @@ class AdapterPool:
     """LoRA-XS layers in a model that read one slab, and what brings adapters into its slots.
 
     The weights of the model are shared, not copied, and nothing becomes trainable. Outside of `adapters` and
-    `token_slots` the model computes what it computed before.
+    `token_slots` the model computes what it computed before. Move it to its device before, and save it after `close`:
+    the slab stays where it was made, and modules under a layer have other names.
 
     One batch at a time: a thread that enters `adapters` or `token_slots` while another is inside waits for it. The
     choice of adapters belongs to the model, not to the thread: calls of the model by other threads meanwhile are

@@ -317,9 +317,15 @@ def test_many_threads_each_get_their_adapter(llama: Scene):
     assert not wrong and not any(thread.is_alive() for thread in threads)
 
 
-def test_tied_weights_share_a_basis():
-    model = CASES["t5"].base()
-    pool = AdapterPool(model, Shelf(), adapter_config=CASES["t5"].config(target_modules=["q", "shared"]))
-    assert isinstance(model.shared, LoraXSLayer)
-    pool.close()
-    assert model.shared.weight is model.lm_head.weight
+def test_an_embedding():
+    case = CASES["llama"]
+    targets = ["embed_tokens", "q_proj"]
+    oracle = case.model(target_modules=targets)
+    oracle.add_adapter("other", case.config(target_modules=targets, r=6, init_seed=1))
+    oracle.eval()
+    model, inputs = case.base(), case.inputs(3)
+    with AdapterPool(model, shelf_of(oracle, ["default", "other"]), slots=5):
+        assert isinstance(model.model.embed_tokens, LoraXSLayer)
+        found = serve(model, ["other", None, "default"], inputs)
+    close(found, logits(oracle, inputs, adapter_names=["other", "__base__", "default"]))
+    assert model.get_input_embeddings() is model.model.embed_tokens and type(model.model.embed_tokens) is nn.Embedding
