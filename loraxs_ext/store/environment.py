@@ -89,7 +89,7 @@ class Environment:
             return
         with self._gate.alone():
             self._closed = True
-            if self._env is not None and not self.readonly:
+            if self._env is not None and not self._options["sync"] and not self.readonly:
                 self._env.sync(True)
             self._release()
 
