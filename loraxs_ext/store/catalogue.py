@@ -361,7 +361,7 @@ class AdapterStore:
                 return None
             try:
                 layout = RowLayout.from_json(bytes(text))
-            except (ValueError, RecursionError) as reason:
+            except ValueError as reason:
                 raise DamagedRecord(f"store {self.path}: layout {digest.hex()}: {reason}") from None
             if layout.digest != digest:
                 raise DamagedRecord(f"store {self.path}: expected the layout {digest.hex()}, got {layout.digest.hex()}")
