@@ -89,6 +89,8 @@ class Pager:
     def acquire(self, names: Sequence[str | None], timeout: float | None = None) -> Lease:
         """Lease the current versions of these adapters, all or none.
 
+        On a GPU, call it on the stream that will read the rows: that stream waits for them, the host does not.
+
         Args:
             names: adapters, each as often as it is needed; None stands for the base model.
             timeout: seconds to wait for slots and for rows that others are loading; None waits as long as it takes.

@@ -162,8 +162,9 @@ class _Staging:
 
     def __init__(self, capacity: int, slab: Slab) -> None:
         self._slab = slab
-        self.rows = torch.empty(capacity, slab.layout.size, dtype=slab.dtype, pin_memory=True)
-        self.index = torch.empty(capacity, dtype=torch.int64, pin_memory=True)
+        with torch.inference_mode(False):
+            self.rows = torch.empty(capacity, slab.layout.size, dtype=slab.dtype, pin_memory=True)
+            self.index = torch.empty(capacity, dtype=torch.int64, pin_memory=True)
         self.slots: list[int] = []
         self.copied: torch.cuda.Event | None = None
 
