@@ -163,8 +163,9 @@ class _Staging:
     def __init__(self, capacity: int, slab: Slab) -> None:
         self._slab = slab
         with torch.inference_mode(False):
-            self.rows = torch.empty(capacity, slab.layout.size, dtype=slab.dtype, pin_memory=True)
-            self.index = torch.empty(capacity, dtype=torch.int64, pin_memory=True)
+            pinned = slab.device.type == "cuda"
+            self.rows = torch.empty(capacity, slab.layout.size, dtype=slab.dtype, pin_memory=pinned)
+            self.index = torch.empty(capacity, dtype=torch.int64, pin_memory=pinned)
         self.slots: list[int] = []
         self.copied: torch.cuda.Event | None = None
 
