@@ -39,8 +39,14 @@ def source() -> MemorySource:
     return MemorySource(LAYOUT)
 
 
-def make_pager(source: MemorySource, slots: int, dtype: torch.dtype = torch.float32) -> Pager:
-    return Pager(source, Slab(source.layout, slots, dtype, "cuda"))
+def make_pager(source: MemorySource, slots: int) -> Pager:
+    """A pager that has copied one row and several: the first launch of a kernel and the first allocation may wait."""
+    pager = Pager(source, Slab(source.layout, slots, torch.float32, "cuda"))
+    for count in (1, min(slots, 3)):
+        with pager.acquire([f"warm {count} {i}" for i in range(count)]) as lease:
+            pager.slab.rows[lease.slots[0]].clone()
+    torch.cuda.synchronize()
+    return pager
 
 
 def expected(source: MemorySource, name: str, slab: Slab) -> Tensor:
@@ -83,7 +89,6 @@ def test_rows_are_what_the_cpu_writes(source_dtype, dtype):
 
 def test_a_slot_evicted_while_a_kernel_reads_it(source):
     with make_pager(source, 1) as pager:
-        torch.cuda.synchronize()
         found = []
         for name in ("a", "b", "c"):
             with pager.acquire([name]) as lease:
@@ -112,7 +117,7 @@ def test_a_new_request_does_not_wait_for_what_computes_elsewhere(source):
 
 def test_prefetch_copies_beside_the_computation(source):
     with make_pager(source, 4) as pager:
-        torch.cuda.synchronize()
+        misses = pager.stats()["misses"]
         busy(1.0)
         end = now_on_stream()
         assert pager.prefetch(["a", "b", "c"]) == 3
@@ -122,7 +127,7 @@ def test_prefetch_copies_beside_the_computation(source):
         with pager.acquire(["a", "b", "c"]) as lease:
             for name, slot in zip("abc", lease.slots, strict=True):
                 assert torch.equal(pager.slab.rows[slot].cpu(), expected(source, name, pager.slab))
-        assert pager.stats()["misses"] == 0
+        assert pager.stats()["misses"] == misses
 
 
 def test_a_row_read_on_one_stream_and_replaced_for_another(source):

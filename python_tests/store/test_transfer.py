@@ -110,6 +110,17 @@ def test_a_copy_waits_for_the_readers_of_its_slot_only(pager):
     held.release()
 
 
+def test_a_lease_may_be_released_on_another_stream(pager):
+    lease = pager.acquire(["a", "b", "c", "d"])
+    pager._transfer.read(lease)
+    with streams.on(STREAMS["other"]):
+        pager._transfer.before_use(lease.slots)
+        pager._transfer.read(lease)
+        lease.release()
+        with pager.acquire(["e"]) as lease:
+            pager._transfer.read(lease)
+
+
 def test_the_host_waits_for_nothing_but_staging(pager):
     with pager.acquire(["a", "b"]) as lease:
         pager._transfer.read(lease)
