@@ -1,0 +1,1 @@
+"""Answers of many adapters at once: in this process, behind HTTP, and through engines of others."""
