@@ -18,7 +18,7 @@ from loraxs_ext.checkpoint.exporting import write_lora
 from loraxs_ext.checkpoint.model_folder import WeightStream, find_targets
 from loraxs_ext.peft import LoraXSConfig
 from loraxs_ext.peft.verify import DEFAULT_TOL, Mismatch, flip_signs, report
-from loraxs_ext.store import AdapterRow
+from loraxs_ext.store import AdapterRow, in_dtype
 
 from .sources import Found
 
@@ -141,7 +141,7 @@ def write(found: Found, bases: Bases, folder: Path, base_model: str) -> None:
         mismatches.append(Mismatch(key, float(errors.double().square().mean().sqrt())))
     report(row.name, mismatches, "error", DEFAULT_TOL, found.recipe.tol)
     config = LoraXSConfig(r=row.layout.rank, target_modules=list(ranks), base_model_name_or_path=base_model)
-    write_lora(config, _factors(row, factors, signs), {}, folder)
+    write_lora(config, _factors(in_dtype(row, torch.float32), factors, signs), {}, folder)
 
 
 def _factors(
@@ -149,9 +149,7 @@ def _factors(
 ) -> Iterator[tuple[str, dict[str, Tensor]]]:
     for index, (key, r, scaling) in enumerate(row.layout.segments):
         start = row.layout.offsets[index]
-        core = row.numbers[start : start + r * r].view(r, r).float()
-        if row.steps is not None:
-            core = core * row.steps[index]
+        core = row.numbers[start : start + r * r].view(r, r)
         a, bt = factors[key].a[:r].float(), factors[key].bt[:r].float()
         scaled = flip_signs(core, signs[key]) * scaling
         yield key, {"lora_A.weight": scaled @ a, "lora_B.weight": bt.mT.contiguous()}

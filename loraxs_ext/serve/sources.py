@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from peft.utils.other import get_pattern_key
@@ -17,7 +17,7 @@ from torch import Tensor
 from loraxs_ext.basis import Recipe
 from loraxs_ext.checkpoint.streaming import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_adapter_config
 from loraxs_ext.peft import LoraXSConfig
-from loraxs_ext.store import AdapterRow, RowLayout, Segment
+from loraxs_ext.store import AdapterRow, AdapterStore, RowLayout, Segment
 
 _PREFIX, _CORE = "base_model.model.", ".loraxs_R."
 # Adapters of a folder that are kept in memory.
@@ -57,8 +57,6 @@ def open_adapters(path: Path) -> Adapters:
         ValueError: it is a store that cannot be read.
     """
     if (path / "data.mdb").is_file():
-        from loraxs_ext.store import AdapterStore
-
         return StoredAdapters(AdapterStore(path, readonly=True))
     if not path.is_dir():
         raise FileNotFoundError(f"expected an adapter store or a folder of adapters, got {path}, which does not exist")
@@ -68,12 +66,16 @@ def open_adapters(path: Path) -> Adapters:
 class StoredAdapters:
     """The adapters of a store."""
 
-    def __init__(self, store: Any) -> None:
+    def __init__(self, store: AdapterStore) -> None:
         self._store = store
         self._recipe = Recipe.from_dict(store.manifest.recipe)
 
     def find(self, name: str) -> Found | None:
-        """The adapter as it is now; None if there is none."""
+        """The adapter as it is now; None if there is none.
+
+        Raises:
+            ValueError: its record is damaged, or no adapter can have such a name.
+        """
         try:
             return Found(self._store.row(name), self._recipe, self._store.manifest.sketches)
         except KeyError:
