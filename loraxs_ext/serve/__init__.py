@@ -1,1 +1,6 @@
-"""Answers of many adapters at once: in this process, behind HTTP, and through engines of others."""
+"""Serving: a pool of adapters in one model, and batches in which every row uses another of them."""
+
+from __future__ import annotations
+
+from .context import adapters as adapters
+from .pool import AdapterPool as AdapterPool
