@@ -42,6 +42,7 @@ class World(NamedTuple):
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     import openai
+
     from examples.decoder import decoder_folder, load_decoder, load_decoder_tokenizer
 
     folder = tmp_path_factory.mktemp("vllm")
