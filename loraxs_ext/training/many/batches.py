@@ -123,10 +123,12 @@ def slots_of(adapters: Iterable[str | int], slot_of: Mapping[str, int], column: 
     Raises:
         ValueError: a name or slot is unknown.
     """
-    slots = [slot_of.get(a, -1) if isinstance(a, str) else int(a) for a in adapters]
-    for adapter, slot in zip(adapters, slots, strict=False):
+    slots = []
+    for adapter in adapters:
+        slot = slot_of.get(adapter, -1) if isinstance(adapter, str) else int(adapter)
         if not 0 <= slot < len(slot_of):
             raise ValueError(f"{column}: expected one of {len(slot_of)} adapters or its slot, got {adapter!r}")
+        slots.append(slot)
     return slots
 
 

@@ -17,6 +17,9 @@ from loraxs_ext.store import AdapterRow, RowLayout, Segment
 
 from .template import TEMPLATE, check_template
 
+# Arguments whose first dimension is the batch.
+_BATCHED = {"input_ids", "inputs_embeds", "input_features", "input_values", "pixel_values"}
+
 
 class ManyAdapters(nn.Module):
     """Trains many adapters in one forward and one backward pass.
@@ -86,13 +89,16 @@ class ManyAdapters(nn.Module):
             inputs: of the model, without labels; see `adapter_loss`.
 
         Raises:
-            ValueError: slots out of range, or there are labels.
+            ValueError: slots out of range or not as many as the rows, or there are labels.
         """
         if inputs.get("labels") is not None:
             raise ValueError(
                 "labels: expected None, because the model would average over the rows of all adapters; give the logits "
                 "and the labels to adapter_loss"
             )
+        for key in _BATCHED & inputs.keys():
+            if isinstance(inputs[key], Tensor) and len(inputs[key]) != len(slots):
+                raise ValueError(f"slots: expected one per row of {key}, {len(inputs[key])}, got {len(slots)}")
         with self.routed(slots):
             return self.model(**inputs)
 

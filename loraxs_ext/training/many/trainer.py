@@ -150,7 +150,7 @@ class ManyAdaptersTrainer(Trainer):
         if means and output.metrics is not None:
             output.metrics[f"{prefix}_loss"] = sum(means.values()) / len(means)
             if self.log_adapters:
-                output.metrics |= {f"{prefix}_loss/{name}": loss for name, loss in means.items()}
+                output.metrics.update({f"{prefix}_loss/{name}": loss for name, loss in means.items()})
         return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
