@@ -28,6 +28,7 @@ class Route:
         pages: [S, r, r], smaller ranks padded with zeros; None when every row is a base row.
         adapter: the adapter of the largest rank, whose basis contains the bases of all others.
         scales: [S, N], the factors of the rows of W where an adapter has a magnitude; None where none has one.
+        exact: refuse x of more rows than `slots`. generate() has more, for beams and returned sequences.
         scale: s of all pages; 1 where every page has its own scaling folded in.
         p_drop: dropout probability on the input of the low-rank path, for training.
     """
@@ -36,6 +37,7 @@ class Route:
     pages: Tensor | None
     adapter: str
     scales: Tensor | None = None
+    exact: bool = False
     scale: float = 1.0
     p_drop: float = 0.0
 
@@ -52,7 +54,7 @@ class Route:
         rows = self.slots.shape[0]
         if tokens == rows:
             return self.slots
-        if x.shape[0] % rows:
+        if x.shape[0] % rows or (self.exact and x.ndim > 2 and x.shape[0] != rows):
             raise ValueError(
                 f"adapter_names: expected one name per row of the batch, got {rows} names for an input of shape "
                 f"{list(x.shape)}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import TaskType
@@ -115,7 +115,7 @@ class ManyAdaptersTrainer(Trainer):
             steps = self.batches.own_steps(num_training_steps, self.args.gradient_accumulation_steps)
             inner.schedule = _own_schedule(self.args, {self.many.slot_of[str(name)]: n for name, n in steps.items()})
         if self.lr_scheduler is None:
-            self.lr_scheduler = get_constant_schedule(self.optimizer)
+            self.lr_scheduler = get_constant_schedule(cast(torch.optim.Optimizer, self.optimizer))
         return self.lr_scheduler
 
     def compute_loss(
@@ -222,7 +222,7 @@ def _own_schedule(args: TrainingArguments, steps: Mapping[int, int]) -> Schedule
             unused,
             num_warmup_steps=args.get_warmup_steps(total),
             num_training_steps=total,
-            scheduler_specific_kwargs=args.lr_scheduler_kwargs,
+            scheduler_specific_kwargs=cast(Any, args.lr_scheduler_kwargs),
         )
         if not hasattr(schedule, "lr_lambdas"):
             raise ValueError(f"args: lr_scheduler_type: expected a function of the step, got {args.lr_scheduler_type}")
