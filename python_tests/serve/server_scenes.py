@@ -32,12 +32,11 @@ TEMPLATE = "{% for m in messages %}{{ m.content }} {% endfor %}word9"
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """A token for each of word0, word1, …"""
-    words = Tokenizer(models.WordLevel({f"word{i}": i for i in range(VOCABULARY)}, unk_token="word1"))
+    """A token for each of word2, word3, …"""
+    vocabulary = {"<pad>": 0, "<unk>": 1, **{f"word{i}": i for i in range(2, VOCABULARY)}}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="word0", unk_token="word1", chat_template=TEMPLATE
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", unk_token="<unk>", chat_template=TEMPLATE)
 
 
 @dataclass
@@ -71,7 +70,7 @@ class Site:
     def text(self, adapter: str | None, prompt: str, tokens: int) -> str:
         """The same, from text to text."""
         ids = [int(word.removeprefix("word")) for word in prompt.split()]
-        return " ".join(f"word{token}" for token in self.alone(adapter, ids, tokens))
+        return tokenizer().decode(self.alone(adapter, ids, tokens), skip_special_tokens=True)
 
 
 def make_site(folder: Path) -> Site:
