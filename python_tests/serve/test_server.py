@@ -6,10 +6,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-pytest.importorskip("openai")
-pytest.importorskip("uvicorn")
-pytest.importorskip("lmdb")
-
 from .server_scenes import ADAPTERS, Running, Site, make_site, running
 
 PROMPTS = ("word5 word6 word7", "word8", "word11 word12 word13 word14 word15 word16")
