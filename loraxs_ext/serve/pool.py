@@ -39,7 +39,8 @@ class AdapterPool:
             them, all others that the adapters change get one.
         source: where adapters come from by name, usually an `AdapterStore`, which also tells their basis.
         slots: how many adapters may be at work at the same time.
-        rank: the largest rank of an adapter, cut to min(N, K) in small modules; None for what the source says.
+        rank: the largest rank that an adapter may have, cut to min(N, K) in small modules; None for what the source
+            says.
         dtype: of the slab: None for fp32; or the dtype of a model in half precision, for half the memory and an R that
             is rounded to it.
         adapter_config: for a source without a manifest, the configuration its adapters were trained with. In any case
