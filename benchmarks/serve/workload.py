@@ -14,8 +14,8 @@ from loraxs_ext.basis import Recipe, decompose, sketch
 from loraxs_ext.store import AdapterRow, Manifest, RowLayout, Segment
 
 RANK = 4
-# Of an R whose entries are independent: adapters that change a third of the tokens, and keep the text a text.
-STD = 0.05
+# Of an R whose entries are independent: adapters that change most of the text, and keep it a text.
+STD = 0.1
 # Adapters whose numbers are drawn together.
 BLOCK = 1000
 
@@ -112,9 +112,14 @@ def targets(model: PreTrainedModel) -> dict[str, nn.Linear]:
 def manifest_of(model: PreTrainedModel, rank: int = RANK) -> Manifest:
     """The basis that adapters of `model` stand on."""
     recipe = Recipe()
-    factors = decompose({name: m.weight.detach() for name, m in targets(model).items()}, rank, recipe, progress=False)
+    weights = {name: module.weight.detach() for name, module in targets(model).items()}
+    sketches = {}
+    for name, found in decompose(weights, rank, recipe, progress=False).items():
+        # As a layer keeps them.
+        a, bt = (part.to(weights[name].dtype) for part in (found.a, found.bt))
+        sketches[name] = sketch(found._replace(a=a, bt=bt))
     config = {"r": rank, "lora_alpha": rank, "target_modules": "all-linear"}
-    return Manifest("", recipe.to_dict(), config, {name: sketch(found) for name, found in factors.items()})
+    return Manifest("", recipe.to_dict(), config, sketches)
 
 
 class RandomAdapters:
