@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -31,6 +31,7 @@ class Route:
         exact: refuse x of more rows than `slots`. generate() has more, for beams and returned sequences.
         scale: s of all pages; 1 where every page has its own scaling folded in.
         p_drop: dropout probability on the input of the low-rank path, for training.
+        fused: what the layer then calls in eager mode, `LoraXSLinear.fused`; None to look at everything at every call.
     """
 
     slots: Tensor
@@ -40,6 +41,7 @@ class Route:
     exact: bool = False
     scale: float = 1.0
     p_drop: float = 0.0
+    fused: Callable[[Tensor], Tensor] | None = None
 
     def per_token(self, x: Tensor) -> Tensor:
         """int32 [M], the slot of every token of x [..., K].
