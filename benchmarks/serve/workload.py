@@ -129,12 +129,19 @@ class RandomAdapters:
         keys: of the modules.
         count: how many there are.
         rank: of every module.
+        std: of their numbers.
+        manifest: their basis, for a pool that reads them from here and not from a store.
     """
 
-    def __init__(self, keys: Sequence[str], count: int, rank: int = RANK) -> None:
+    def __init__(
+        self, keys: Sequence[str], count: int, rank: int = RANK, std: float = STD, manifest: Manifest | None = None
+    ) -> None:
         self.layout = RowLayout(Segment(key, rank) for key in keys)
         self.count = count
-        self._recent = lru_cache(maxsize=8)(self.block)
+        self._std = std
+        self.manifest = manifest
+        # Whoever reads single rows reads them often.
+        self._kept = lru_cache(maxsize=None)(self.block)
 
     def name(self, i: int) -> str:
         """Of the adapter i; names are in the order of their numbers."""
@@ -148,7 +155,7 @@ class RandomAdapters:
         """fp16 [at most BLOCK, layout.size], the numbers of the adapters from number·BLOCK on."""
         rows = min(BLOCK, self.count - number * BLOCK)
         generator = torch.Generator().manual_seed(number)
-        return torch.randn(rows, self.layout.size, generator=generator).mul_(STD).half()
+        return torch.randn(rows, self.layout.size, generator=generator).mul_(self._std).half()
 
     def blocks(self) -> Iterator[list[AdapterRow]]:
         """All adapters in order, block by block."""
@@ -169,7 +176,7 @@ class RandomAdapters:
         if prefix != "user" or not digits.isdigit() or int(digits) >= self.count:
             raise KeyError(name)
         number, i = divmod(int(digits), BLOCK)
-        return self._recent(number)[i]
+        return self._kept(number)[i]
 
     def version(self, name: str) -> int:
         """1: adapters are never replaced."""
