@@ -149,7 +149,7 @@ class LoraXSLinear(LoraXSLayer):
     def routed_path(self, x: Tensor, route: Route) -> list[LowRankPath]:
         if route.pages is None:
             return []
-        return [LowRankPath(*self.get_basis(route.adapter), route.pages, route.per_token(x))]
+        return [LowRankPath(*route.basis_of(self), route.pages, route.per_token(x))]
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """ΔW = W' − W in the layout of the base weight, in fp32 (fp64 for an fp64 base)."""
