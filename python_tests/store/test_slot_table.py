@@ -473,5 +473,5 @@ def test_as_the_model_says(seed):
 @pytest.mark.parametrize("sanitizer", ["thread", "address,undefined"])
 def test_many_threads_under_a_sanitizer(sanitizer, tmp_path):
     program = build("slot_table_stress.cpp", tmp_path / "stress", f"-fsanitize={sanitizer}", "-pthread")
-    result = subprocess.run([program], capture_output=True, text=True, timeout=300)
+    result = subprocess.run([program], capture_output=True, text=True, timeout=120)
     assert (result.returncode, result.stdout) == (0, "ok\n"), result.stderr
