@@ -1,6 +1,7 @@
 // Threads on one slot table, for python_tests/store/test_slot_table.py to run under the sanitizers: what a slot holds
 // is plain memory, so that a slot given away too early is a data race and a wrong number.
 #include <algorithm>
+#include <atomic>
 #include <cstdio>
 #include <cstdlib>
 #include <random>
@@ -75,16 +76,13 @@ void worker(SlotTable& table, Slab& slab, int seed) {
 
 // Whoever gives up lets the next in line through; whoever still waits is told when the table closes.
 void give_up_and_close(SlotTable& table) {
-  const auto until_waiting = [&](int count) {
-    while (table.statistics().waiting != count) std::this_thread::sleep_for(1ms);
-  };
   Keys most(kSlots - 1);
   for (int i = 0; i < kSlots - 1; ++i) most[i] = {"last " + std::to_string(i), 0};
   const Keys two{{"one", 0}, {"two", 0}}, one{{"one more", 0}}, another{{"another", 0}};
   const Grant grant = table.acquire(most, std::nullopt, {});
   table.loaded(grant.slots, std::vector<uint64_t>(most.size(), 0));
 
-  bool gave_up = false, closed = false;
+  std::atomic<bool> gave_up = false, closed = false;
   std::thread impatient([&] {
     try {
       table.acquire(two, SlotTable::Timeout(0.05), {});
@@ -92,7 +90,7 @@ void give_up_and_close(SlotTable& table) {
       gave_up = true;
     }
   });
-  until_waiting(1);
+  while (table.statistics().waiting == 0 && !gave_up) std::this_thread::sleep_for(1ms);
   // Nobody releases anything: only the one who gives up can wake this one.
   const Grant next = table.acquire(one, std::nullopt, {});
   table.loaded(next.slots, {0});
@@ -106,7 +104,7 @@ void give_up_and_close(SlotTable& table) {
       closed = true;
     }
   });
-  until_waiting(1);
+  while (table.statistics().waiting == 0) std::this_thread::sleep_for(1ms);
   table.close();
   patient.join();
   EXPECT(closed);
