@@ -20,7 +20,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed; make vllm-check"),
 ]
-TOKENS = 24
+TOKENS = 16
 BASE = "base"
 # Room for two of the three plain LoRAs of 20 MB, on the disk as in vLLM's memory.
 ENVIRONMENT = {"LORAXS_VLLM_CACHE_GB": "0.04"}
