@@ -31,6 +31,7 @@ from loraxs_ext.checkpoint.model_folder import find_targets
 from loraxs_ext.serve import AdapterPool
 from loraxs_ext.serve.plain_lora import Bases, write
 from loraxs_ext.serve.sources import Found
+from loraxs_ext.serve.vllm import ADAPTERS
 from loraxs_ext.store import AdapterRow, RowLayout, Segment
 
 ROWS, RANK, STD = 16, 16, 0.05
@@ -133,6 +134,8 @@ class Engines:
 
     def __init__(self, base: Path, adapters: dict[str, Path]) -> None:
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+        # For the correction that the plugin makes: without it, rows without adapter are answered with one.
+        os.environ[ADAPTERS] = str(next(iter(adapters.values())).parent)
         # All cores, which is what we have, too.
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", f"0-{(os.cpu_count() or 1) - 1}")
         import vllm
