@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -25,10 +25,12 @@ class Route:
 
     Attributes:
         slots: int32 [rows] or [tokens], on the layer's device; −1 is the base model.
-        pages: [S, r, r], scaling folded in, smaller ranks padded with zeros; None when every row is a base row.
+        pages: [S, r, r], smaller ranks padded with zeros; None when every row is a base row.
         adapter: the adapter of the largest rank, whose basis contains the bases of all others.
         scales: [S, N], the factors of the rows of W where an adapter has a magnitude; None where none has one.
         exact: refuse x of more rows than `slots`. generate() has more, for beams and returned sequences.
+        scale: s of all pages; 1 where every page has its own scaling folded in.
+        p_drop: dropout probability on the input of the low-rank path, for training.
     """
 
     slots: Tensor
@@ -36,6 +38,8 @@ class Route:
     adapter: str
     scales: Tensor | None = None
     exact: bool = False
+    scale: float = 1.0
+    p_drop: float = 0.0
 
     def per_token(self, x: Tensor) -> Tensor:
         """int32 [M], the slot of every token of x [..., K].
@@ -52,8 +56,8 @@ class Route:
             return self.slots
         if x.shape[0] % rows or (self.exact and x.ndim > 2 and x.shape[0] != rows):
             raise ValueError(
-                f"adapter_names: expected one name per row of the batch, got {rows} names for an input of shape "
-                f"{list(x.shape)}"
+                f"adapters: expected one name per row of the batch, or one slot per token, got {rows} for an input of "
+                f"shape {list(x.shape)}"
             )
         return self.slots.repeat_interleave(tokens // rows)
 
@@ -88,16 +92,24 @@ def routed(layers: Iterable[LoraXSLayer], names: Sequence[str]) -> Iterator[None
         raise ValueError(
             "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
         )
-    before = [layer.route for layer in layers]
+    for layer in layers:
+        for name in dict.fromkeys(names):
+            layer.settle(name)
+    with following({layer: build_route(layer, names) for layer in layers}):
+        yield
+
+
+@contextmanager
+def following(routes: Mapping[LoraXSLayer, Route]) -> Iterator[None]:
+    """Every forward pass inside the context takes these routes; layers without one keep theirs."""
+    before = {layer: layer.route for layer in routes}
     try:
-        for layer in layers:
-            for name in dict.fromkeys(names):
-                layer.settle(name)
-            layer.route = build_route(layer, names)
+        for layer, route in routes.items():
+            layer.route = route
         yield
     finally:
-        for layer, route in zip(layers, before, strict=True):
-            layer.route = route
+        for layer, old in before.items():
+            layer.route = old
 
 
 def pad(core: Tensor, rank: int) -> Tensor:

@@ -27,7 +27,8 @@ class AdapterPool:
     """LoRA-XS layers in a model that read one slab, and what brings adapters into its slots.
 
     The weights of the model are shared, not copied, and nothing becomes trainable. Outside of `adapters` and
-    `token_slots` the model computes what it computed before.
+    `token_slots` the model computes what it computed before. Move it to its device before, and save it after `close`:
+    the slab stays where it was made, and modules under a layer have other names.
 
     One batch at a time: a thread that enters `adapters` or `token_slots` while another is inside waits for it. The
     choice of adapters belongs to the model, not to the thread: calls of the model by other threads meanwhile are
@@ -142,23 +143,25 @@ class AdapterPool:
         Raises:
             KeyError: there is no such adapter.
             TimeoutError: no slot came free.
+            ValueError: more adapters than there are slots.
+            RuntimeError: an adapter does not fit the pool.
         """
         return self._pager.acquire(names, timeout)
 
-    def prefetch(self, names: Sequence[str]) -> None:
-        """Begin to bring adapters into slots, as far as there are free ones."""
-        self._pager.prefetch(names)
+    def prefetch(self, names: Sequence[str]) -> int:
+        """Begin to bring adapters into slots that nobody uses, without waiting; returns how many. See `Pager`."""
+        return self._pager.prefetch(names)
 
-    def pin(self, names: Sequence[str]) -> None:
-        """Keep adapters in their slots until `unpin`."""
-        self._pager.pin(names)
+    def pin(self, names: Sequence[str], timeout: float | None = None) -> None:
+        """Bring adapters into slots and keep them there until `unpin`; waits as `acquire` does."""
+        self._pager.pin(names, timeout)
 
     def unpin(self, names: Sequence[str]) -> None:
-        """Allow adapters to be evicted again."""
+        """Let adapters be evicted again."""
         self._pager.unpin(names)
 
-    def stats(self) -> Any:
-        """Counts of hits, misses, evictions and waits; see `Pager.stats`."""
+    def stats(self) -> dict[str, int | float]:
+        """Slots, hits, misses, evictions, waits and loads since the beginning; see `Pager.stats`."""
         return self._pager.stats()
 
     def detach(self) -> None:
@@ -208,6 +211,12 @@ class AdapterPool:
     def _serving(self, slots: Tensor) -> Iterator[Callable[[Tensor], None]]:
         """Route every layer by `slots`; yields what replaces them."""
         layers = (*self.layers, *self._others)
+        if self.model.training:
+            raise ValueError("model: expected eval mode, got training mode; call model.eval()")
+        if any(layer.merged_adapters or layer.disable_adapters for layer in layers):
+            raise ValueError(
+                "model: expected adapters that are neither merged nor disabled, got some; unmerge them first"
+            )
         routes = [Route(slots, pages, POOL, exact=True) for pages in self._pages]
         routes += [Route(slots, None, BASE) for _ in self._others]
         before = [layer.route for layer in layers]

@@ -80,7 +80,7 @@ def test_slots_are_int32_and_pages_carry_the_scaling(layer):
 def test_batch_that_does_not_fit_is_refused(layer):
     # 20 tokens would divide by 5 names, but they belong to 2 rows.
     for shape in ((4, K), (2, 10, K)):
-        with routed([layer], NAMES), pytest.raises(ValueError, match="got 5 names for an input of shape"):
+        with routed([layer], NAMES), pytest.raises(ValueError, match="got 5 for an input of shape"):
             layer(torch.randn(shape))
 
 
