@@ -1,7 +1,7 @@
 """Replicas of one model behind Ray Serve; requests for one adapter go to the replica that has it in a slot.
 
     pip install "ray[serve]"
-    python -m examples.ray_serve                                two replicas of a small decoder, 12 adapters, checked
+    python -m examples.ray_serve                                two replicas of a small decoder, 24 adapters, checked
     python -m examples.ray_serve --model FOLDER --store STORE   yours: POST / {"adapter", "prompt", "max_tokens"}
 
 A replica is a model with an `AdapterPool` over the store. It batches what arrives together, whatever the adapters.
@@ -165,7 +165,7 @@ def post(address: str, ask: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         return error.code, json.load(error)
 
 
-def demonstrate(address: str, model: Path, store: Path, adapters: int, rounds: int = 3, tokens: int = 8) -> None:
+def demonstrate(address: str, model: Path, store: Path, adapters: int, rounds: int = 2, tokens: int = 8) -> None:
     """Ask for every adapter several times, all at once, and check homes and answers.
 
     Raises:
@@ -202,7 +202,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--replicas", type=int, default=2, help="default %(default)s")
     parser.add_argument("--slots", type=int, default=256, help="of each replica, default %(default)s")
     parser.add_argument("--port", type=int, default=8000, help="on 127.0.0.1, default %(default)s")
-    parser.add_argument("--adapters", type=int, default=12, help="random ones, default %(default)s")
+    parser.add_argument("--adapters", type=int, default=24, help="random ones, default %(default)s")
     arguments = parser.parse_args(argv)
     model = arguments.model or decoder_folder()
     # A replica of the demonstration waits more than it computes; one core for each is not asked for.

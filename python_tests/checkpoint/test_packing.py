@@ -214,7 +214,11 @@ NAME = "base_model.model.model.layers.0.self_attn.q_proj.loraxs_R."
         ({NAME + "weight": torch.zeros(9, 9)}, {}, r"expected R \[r, r\] with r from 1 to 4, got \[9, 9\]"),
         ({NAME + "sketch": torch.zeros(5, 3)}, {}, r"expected a sketch \[5, 4\] of the basis, got \[5, 3\]"),
         ({NAME + "sketch": torch.full((5, 4), torch.nan)}, {}, "or one that is not finite"),
-        ({"base_model.model.lm_head.weight": torch.zeros(1)}, {}, "expected tensors of R only, .* got .*lm_head.weight"),
+        (
+            {"base_model.model.lm_head.weight": torch.zeros(1)},
+            {},
+            "expected tensors of R only, .* got .*lm_head.weight",
+        ),
         ({NAME + "v": torch.zeros(5)}, {"use_tinylora": True, "u": 5}, "expected a sketch and a seed"),
         ({}, {"r": -1}, "r: expected a positive integer, got -1"),
         ({}, {"r": "4"}, "r: expected an int, got '4'"),
