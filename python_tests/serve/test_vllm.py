@@ -260,6 +260,7 @@ def registry(monkeypatch: pytest.MonkeyPatch) -> Any:
     forgets = {"UnloadLoRAAdapterRequest": Request}
     parts: dict[str, Mapping[str, Any]] = {
         "vllm": {},
+        "vllm.platforms": {"current_platform": SimpleNamespace(is_cpu=lambda: False)},
         "vllm.lora": {},
         "vllm.lora.request": {"LoRARequest": Request},
         "vllm.lora.resolver": resolvers,
