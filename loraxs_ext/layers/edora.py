@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from loraxs_ext import ops
 
-from .tensor_parallel import is_sharded, own_columns
+from .sharding import is_sharded
+from .tensor_parallel import own_columns
 
 if TYPE_CHECKING:
     from .layer import LoraXSLayer

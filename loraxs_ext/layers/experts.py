@@ -14,7 +14,7 @@ from .core import CoreMatrix
 from .layer import LoraXSLayer
 from .linear import LoraXSLinear
 from .routing import pad
-from .tensor_parallel import is_sharded
+from .sharding import is_sharded
 
 
 # PEFT recognises nested wrappers of parameters by this name of their class.

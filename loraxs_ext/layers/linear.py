@@ -22,8 +22,9 @@ from .merge import LOSS_WORTH_A_WARNING, MergeLossWarning, delta_weight, roundin
 from .path import LowRankPath, add_path, draw_rng
 from .probing import straight_through
 from .routing import Route, pad
+from .sharding import is_sharded
 from .stacked import SHARE_ON_CPU
-from .tensor_parallel import Part, add_partial_path, find_part, is_sharded, local_bias
+from .tensor_parallel import Part, add_partial_path, find_part, local_bias
 
 
 class LoraXSLinear(LoraXSLayer):

@@ -11,7 +11,6 @@ Either way the gradient of R that a process ends up with is complete, and has th
 
 from __future__ import annotations
 
-import sys
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from loraxs_ext import ops
 
 from .path import LowRankPath, draw_rng
+from .sharding import is_sharded
 
 
 class Part(NamedTuple):
@@ -36,12 +36,6 @@ class Part(NamedTuple):
     start: int
     stop: int
     of_rows: bool
-
-
-def is_sharded(tensor: object) -> bool:
-    """Whether this is a DTensor; without importing what may never have been used."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(tensor, module.DTensor)
 
 
 def find_part(base: nn.Module, key: str, x: Tensor, y: Tensor, shape: tuple[int, int]) -> Part | None:
@@ -133,7 +127,7 @@ def _agreed_rng(x: Tensor, part: Part) -> Tensor:
     rng = draw_rng(x)
     dist.broadcast(rng, dist.get_global_rank(part.group, 0), group=part.group)
     if not part.of_rows:
-        rng[0] ^= dist.get_rank(part.group)
+        rng += dist.get_rank(part.group)
     return rng
 
 
