@@ -106,7 +106,9 @@ def _complete_under_fsdp1(model: nn.Module) -> AbstractContextManager[Any]:
         return nullcontext()
     from torch.distributed.fsdp import FullStateDictConfig, FullyShardedDataParallel, StateDictType
 
-    options = FullStateDictConfig(offload_to_cpu=True, rank0_only=True)
+    # What is on the CPU already would be left in the memory that is freed after the gathering.
+    elsewhere = any(parameter.device.type != "cpu" for parameter in model.parameters())
+    options = FullStateDictConfig(offload_to_cpu=elsewhere, rank0_only=True)
     return FullyShardedDataParallel.state_dict_type(model, StateDictType.FULL_STATE_DICT, options)
 
 
