@@ -24,7 +24,7 @@ from .probing import straight_through
 from .routing import Route, pad
 from .sharding import is_sharded
 from .stacked import SHARE_ON_CPU
-from .tensor_parallel import Part, add_partial_path, find_part, local_bias
+from .tensor_parallel import Part, add_partial_path, agreed_rng, find_part, local_bias, mesh_group
 
 
 class LoraXSLinear(LoraXSLayer):
@@ -105,7 +105,10 @@ class LoraXSLinear(LoraXSLayer):
     def add(self, y: Tensor, x: Tensor, path: LowRankPath) -> Tensor:
         """`add_path`, of the part that this process has under tensor parallelism."""
         part = self.part(x, y)
-        return add_path(y, x, path) if part is None else add_partial_path(y, x, path, part)
+        if part is not None:
+            return add_partial_path(y, x, path, part)
+        weight = self.get_base_layer()._parameters.get("weight") if path.p_drop else None
+        return add_path(y, x, path, agreed_rng(x, mesh_group(weight)) if is_sharded(weight) else None)
 
     def part(self, x: Tensor, y: Tensor) -> Part | None:
         """What of W the base layer turned x into y with, under tensor parallelism; None for all of it."""

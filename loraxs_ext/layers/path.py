@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from loraxs_ext import ops
@@ -22,21 +21,16 @@ class LowRankPath(NamedTuple):
     p_drop: float = 0.0
 
 
-def add_path(y: Tensor, x: Tensor, path: LowRankPath) -> Tensor:
-    """y [..., N] + the low-rank part of x [..., K], in the dtype of y."""
+def add_path(y: Tensor, x: Tensor, path: LowRankPath, rng: Tensor | None = None) -> Tensor:
+    """y [..., N] + the low-rank part of x [..., K], in the dtype of y; the mask is drawn unless rng gives it."""
     dtype = path.a.dtype
     if path.pages.dtype not in (dtype, torch.float32):
         # FSDP2 computes in another dtype than it stores, and takes R along; buffers stay as they are.
         path = path._replace(pages=path.pages.to(dtype))
-    rng = draw_rng(x) if path.p_drop else None
+    rng = draw_rng(x) if path.p_drop and rng is None else rng
     return ops.add_delta(y.to(dtype), x.to(dtype), *path[:5], p_drop=path.p_drop, rng=rng).to(y.dtype)
 
 
 def draw_rng(x: Tensor) -> Tensor:
-    """(seed, offset) of one dropout mask, from the generator of x's device: recomputation in checkpoints repeats it.
-
-    Processes with the same seed, as the Trainer gives them, drop different entries of their different rows.
-    """
-    rng = torch.randint(2**62, (2,), dtype=torch.int64, device=x.device)
-    rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-    return rng + rank if rank else rng
+    """(seed, offset) of one dropout mask, from the generator of x's device: recomputation in checkpoints repeats it."""
+    return torch.randint(2**62, (2,), dtype=torch.int64, device=x.device)

@@ -93,7 +93,7 @@ def add_partial_path(y: Tensor, x: Tensor, path: LowRankPath, part: Part) -> Ten
     # The op that drops out and projects: p = (drop(x) aᵀ) 1ᵀ 1ᵀ.
     p = ops.add_delta(
         x.new_zeros(*x.shape[:-1], len(a)), x, a, identity, identity.unsqueeze(0),
-        p_drop=p_drop, rng=_agreed_rng(x, part) if p_drop else None,
+        p_drop=p_drop, rng=_rng(x, part) if p_drop else None,
     )  # fmt: skip
     if part.of_rows:
         p, pages, b = sum_gradient(p, part.group), sum_gradient(pages, part.group), b[part.start : part.stop]
@@ -122,13 +122,23 @@ def sum_gradient(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     return _SumGradient.apply(x, group) if x.requires_grad and torch.is_grad_enabled() else x
 
 
-def _agreed_rng(x: Tensor, part: Part) -> Tensor:
-    """(seed, offset) of a mask that is the same for the same x, and another for another part of x."""
+def _rng(x: Tensor, part: Part) -> Tensor:
+    rng = agreed_rng(x, part.group)
+    # Other columns of x are other entries.
+    return rng if part.of_rows else rng + dist.get_rank(part.group)
+
+
+def agreed_rng(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """(seed, offset) of a dropout mask that all processes of `group` use for the x they have in common."""
     rng = draw_rng(x)
-    dist.broadcast(rng, dist.get_global_rank(part.group, 0), group=part.group)
-    if not part.of_rows:
-        rng += dist.get_rank(part.group)
+    dist.broadcast(rng, dist.get_global_rank(group, 0), group=group)
     return rng
+
+
+def mesh_group(weight: Any) -> dist.ProcessGroup:
+    """The processes that share `weight`, a DTensor that is divided along one dimension of its mesh."""
+    places = [i for i, place in enumerate(weight.placements) if not place.is_replicate()]
+    return weight.device_mesh.get_group(places[0] if places else 0)
 
 
 def _sum(x: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -51,7 +51,7 @@ def train(run: Run) -> dict[str, Any]:
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     metrics = trainer.evaluate() if best else {}
     seconds = keeper.seconds
-    state_dict = gather_adapter(trainer.model)
+    state_dict = gather_adapter(cast(torch.nn.Module, trainer.model))
     if trainer.is_world_process_zero():
         with folder.new_adapter() as staged:
             prepared.model.save_pretrained(str(staged), state_dict=state_dict)

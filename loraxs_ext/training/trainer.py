@@ -126,15 +126,17 @@ class AdapterTrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Of the parameters of `model`, once FSDP1 has wrapped it, or of those of the model as it is."""
         if self.optimizer is None:
-            self.optimizer = adamw(self.model if model is None else model, self.training)
+            self.optimizer = adamw(cast(nn.Module, self.model if model is None else model), self.training)
         return self.optimizer
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the adapter; collective."""
-        state_dict = gather_adapter(self.model)
+        model = cast(nn.Module, self.model)
+        state_dict = gather_adapter(model)
         if self.args.should_save:
-            model = cast(PeftModel, unwrapped(self.model))
-            model.save_pretrained(str(output_dir or self.args.output_dir), state_dict=state_dict)
+            cast(PeftModel, unwrapped(model)).save_pretrained(
+                str(output_dir or self.args.output_dir), state_dict=state_dict
+            )
 
 
 class Keeper(TrainerCallback):

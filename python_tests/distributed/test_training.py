@@ -12,8 +12,13 @@ import torch.multiprocessing
 from safetensors.torch import load_file
 from torch import Tensor
 
+from . import runs
 from .ways import ALONE, WAYS, batches, gather_adapter, save_base, serve, train
 from .world import WEIGHTS, WORLD, work
+
+pytest.importorskip("tensorboard")
+
+pytestmark = pytest.mark.slow
 
 CELLS = [f"{name}, {kind}" for name, way in WAYS.items() for kind in way.kinds]
 # Sums in another order, which Adam's first steps of equal size carry into R; half precision rounds them.
@@ -25,6 +30,7 @@ VALUE = {"FSDP2 bf16": 5e-3, "FSDP2 mixed": 5e-2}
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("distributed")
     save_base(place / "base")
+    runs.prepare(place)
     return place
 
 
@@ -130,5 +136,29 @@ def test_tensor_parallel_models_load(
 def test_masks_agree_where_they_must(results: list[dict[str, Any]]) -> None:
     mine, theirs = (result["tp"]["dropped"] for result in results)
     assert all(torch.equal(mine[name], theirs[name]) for name in mine) and any(g.any() for g in mine.values())
-    # The same seed on both, for other rows.
-    assert not torch.equal(results[0]["rng"], results[1]["rng"])
+
+
+@pytest.fixture(scope="module")
+def single(folder: Path) -> dict[str, Any]:
+    """`loraxs train` in one process, on as many rows a step."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LORAXS_CACHE", str(folder / "cache alone"))
+        return runs.train(runs.make_run(runs.values(folder, "single", 4 * WORLD)))
+
+
+@pytest.mark.parametrize("name", ["DDP", "FSDP2"])
+def test_loraxs_train(results: list[dict[str, Any]], single: dict[str, Any], folder: Path, name: str) -> None:
+    expected = load_file(Path(single["adapter"]) / WEIGHTS)
+    for result in results:
+        assert result["runs"][f"{name}, kind"] == ("DTensor" if name == "FSDP2" else "Tensor")
+        # The session after the interruption goes on from the last checkpoint.
+        assert result["runs"][f"{name}, first step"] == 3
+        for run in (result["runs"][f"{name}, at once"], result["runs"][f"{name}, interrupted"]):
+            assert run["steps"] == single["steps"] == 8 and run["processes"] == WORLD
+            assert run["parameters"] == single["parameters"] and run["bytes"] == single["bytes"]
+            assert run["dev"]["loss"] == pytest.approx(single["dev"]["loss"], rel=1e-4)
+            assert run["loss"]["last"] == pytest.approx(single["loss"]["last"], rel=1e-4)
+            found = load_file(Path(run["adapter"]) / WEIGHTS)
+            assert found.keys() == expected.keys()
+            for key, tensor in found.items():
+                torch.testing.assert_close(tensor, expected[key], rtol=0, atol=1e-4, msg=key)

@@ -15,9 +15,9 @@ from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor
 
-from loraxs_ext.layers.path import draw_rng
 from loraxs_ext.peft import gather_adapter
 
+from . import runs
 from .ways import WAYS, batches, config, load_base, run, spread_ddp, spread_fsdp2
 
 WORLD = 2
@@ -132,9 +132,9 @@ def work(rank: int, folder: Path, port: int) -> None:
     results = {
         "ways": run(folder, list(WAYS), "cpu", adapters),
         "broadcasts": broadcasts(folder),
-        "rng": draw_rng(torch.zeros(1)),
     }
     dist.barrier()
     results |= {"sharded": sharded_state(folder, adapters), "tp": loaded_under_tp(folder, adapters)}
+    results["runs"] = runs.train_all(folder)
     torch.save(results, folder / f"results{rank}")
     dist.destroy_process_group()
