@@ -233,8 +233,8 @@ def test_the_adapters_of_a_peft_model_tell_the_basis_too(llama: Scene):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"use_edora": True}, "use_edora=True.*adapter_names"),
-        ({"target_parameters": ["experts.gate_up_proj"]}, "target_parameters=.*adapter_names"),
+        ({"use_edora": True}, "use_edora=True; load them into a PeftModel, whose"),
+        ({"target_parameters": ["experts.gate_up_proj"]}, "target_parameters=.*set_adapter"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"bias": "all"}, "bias='all'"),
     ],
