@@ -164,7 +164,7 @@ except ImportError:
 def test_import_does_not_initialise_cuda() -> None:
     # Every use of a CUDA device goes through _lazy_init.
     trap = "import torch; torch.cuda._lazy_init = lambda: 1 / 0"
-    imports = "import loraxs_ext, loraxs_ext.peft, loraxs_ext.cli"
+    imports = "import loraxs_ext, loraxs_ext.peft, loraxs_ext.store, loraxs_ext.serve, loraxs_ext.cli"
     assert run_python(f"{trap}; {imports}; print(torch.cuda.is_initialized())") == "False"
 
 
