@@ -367,8 +367,15 @@ bool SlotTable::sleep(std::condition_variable& wake, std::unique_lock<std::mutex
                       const Poll& poll) {
   const Time now = Clock::now();
   if (deadline && now >= *deadline) return false;
+  if (!poll) {
+    if (deadline)
+      wake.wait_until(lock, *deadline);
+    else
+      wake.wait(lock);
+    return true;
+  }
   const Time turn = now + kPollInterval;
-  if (wake.wait_until(lock, deadline ? std::min(turn, *deadline) : turn) == std::cv_status::timeout && poll) {
+  if (wake.wait_until(lock, deadline ? std::min(turn, *deadline) : turn) == std::cv_status::timeout) {
     lock.unlock();
     try {
       poll();

@@ -52,7 +52,7 @@ struct Statistics {
 class SlotTable {
  public:
   using Timeout = std::optional<std::chrono::duration<double>>;
-  // Called now and then by a waiting thread, without the lock; may throw to give up.
+  // Called now and then by a waiting thread, without the lock; may throw to give up. May be empty.
   using Poll = std::function<void()>;
 
   explicit SlotTable(int slots);

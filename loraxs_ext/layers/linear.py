@@ -149,7 +149,7 @@ class LoraXSLinear(LoraXSLayer):
     def routed_path(self, x: Tensor, route: Route) -> list[LowRankPath]:
         if route.pages is None:
             return []
-        basis = self.get_basis(route.adapter)
+        basis = route.basis_of(self)
         return [LowRankPath(*basis, route.pages, route.per_token(x), route.scale, route.p_drop)]
 
     def get_delta_weight(self, adapter: str) -> Tensor:

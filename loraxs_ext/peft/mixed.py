@@ -61,7 +61,7 @@ def check_rows(rows: int, args: tuple, kwargs: Mapping[str, Any]) -> bool:
         if isinstance(value, Tensor) and value.ndim:
             if len(value) != rows:
                 raise ValueError(
-                    f"adapter_names: expected one name per row of the batch, got {rows} names for {len(value)} rows"
+                    f"adapters: expected one name per row of the batch, got {rows} names for {len(value)} rows"
                 )
             return True
     return False

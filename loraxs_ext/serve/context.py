@@ -23,7 +23,8 @@ def adapters(model: nn.Module, names: Sequence[str | None], *, timeout: float | 
     replaced meanwhile stays as it was for this context. In a PEFT model without a pool, they are those of its LoRA-XS
     adapters. generate() may repeat rows, for beams or returned sequences.
 
-    Contexts may be nested, in one thread: the innermost counts. See `AdapterPool` for threads.
+    Contexts may be nested, in one thread: the innermost counts, and the outer ones keep their slots. See `AdapterPool`
+    for threads.
 
     Args:
         model: a transformers model with a pool, or a model with LoRA-XS adapters; the PeftModel around it, or the
@@ -40,8 +41,6 @@ def adapters(model: nn.Module, names: Sequence[str | None], *, timeout: float | 
     check_names(names)
     base = transformers_model(model)
     pool = pool_of(base)
-    if base.training:
-        raise ValueError("model: expected one in eval mode, got training mode; call model.eval()")
     if pool is not None:
         with pool.adapters(names, timeout):
             yield

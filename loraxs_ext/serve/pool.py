@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loraxs_ext.layers import BASE, LoraXSLayer, Route
+from loraxs_ext.layers import BASE, LoraXSLayer, Route, following
 from loraxs_ext.peft import LoraXSConfig
 from loraxs_ext.store import Lease, Pager, RowLayout, RowSource, Segment, Slab
 
@@ -27,7 +27,8 @@ class AdapterPool:
     """LoRA-XS layers in a model that read one slab, and what brings adapters into its slots.
 
     The weights of the model are shared, not copied, and nothing becomes trainable. Outside of `adapters` and
-    `token_slots` the model computes what it computed before.
+    `token_slots` the model computes what it computed before. Move it to its device before, and save it after `close`:
+    the slab stays where it was made, and modules under a layer have other names.
 
     One batch at a time: a thread that enters `adapters` or `token_slots` while another is inside waits for it. The
     choice of adapters belongs to the model, not to the thread: calls of the model by other threads meanwhile are
@@ -38,7 +39,8 @@ class AdapterPool:
             them, all others that the adapters change get one.
         source: where adapters come from by name, usually an `AdapterStore`, which also tells their basis.
         slots: how many adapters may be at work at the same time.
-        rank: the largest rank of an adapter, cut to min(N, K) in small modules; None for what the source says.
+        rank: the largest rank that an adapter may have, cut to min(N, K) in small modules; None for what the source
+            says.
         dtype: of the slab: None for fp32; or the dtype of a model in half precision, for half the memory and an R that
             is rounded to it.
         adapter_config: for a source without a manifest, the configuration its adapters were trained with. In any case
@@ -142,23 +144,25 @@ class AdapterPool:
         Raises:
             KeyError: there is no such adapter.
             TimeoutError: no slot came free.
+            ValueError: more adapters than there are slots.
+            RuntimeError: an adapter does not fit the pool.
         """
         return self._pager.acquire(names, timeout)
 
-    def prefetch(self, names: Sequence[str]) -> None:
-        """Begin to bring adapters into slots, as far as there are free ones."""
-        self._pager.prefetch(names)
+    def prefetch(self, names: Sequence[str]) -> int:
+        """Begin to bring adapters into slots that nobody uses, without waiting; returns how many. See `Pager`."""
+        return self._pager.prefetch(names)
 
-    def pin(self, names: Sequence[str]) -> None:
-        """Keep adapters in their slots until `unpin`."""
-        self._pager.pin(names)
+    def pin(self, names: Sequence[str], timeout: float | None = None) -> None:
+        """Bring adapters into slots and keep them there until `unpin`; waits as `acquire` does."""
+        self._pager.pin(names, timeout)
 
     def unpin(self, names: Sequence[str]) -> None:
-        """Allow adapters to be evicted again."""
+        """Let adapters be evicted again."""
         self._pager.unpin(names)
 
-    def stats(self) -> Any:
-        """Counts of hits, misses, evictions and waits; see `Pager.stats`."""
+    def stats(self) -> dict[str, int | float]:
+        """Slots, hits, misses, evictions, waits and loads since the beginning; see `Pager.stats`."""
         return self._pager.stats()
 
     def detach(self) -> None:
@@ -208,21 +212,21 @@ class AdapterPool:
     def _serving(self, slots: Tensor) -> Iterator[Callable[[Tensor], None]]:
         """Route every layer by `slots`; yields what replaces them."""
         layers = (*self.layers, *self._others)
+        if self.model.training:
+            raise ValueError("model: expected eval mode, got training mode; call model.eval()")
+        if any(layer.merged_adapters or layer.disable_adapters for layer in layers):
+            raise ValueError(
+                "model: expected adapters that are neither merged nor disabled, got some; unmerge them first"
+            )
         routes = [Route(slots, pages, POOL, exact=True) for pages in self._pages]
         routes += [Route(slots, None, BASE) for _ in self._others]
-        before = [layer.route for layer in layers]
 
         def assign(new: Tensor) -> None:
             for route in routes:
                 route.slots = new
 
-        try:
-            for layer, route in zip(layers, routes, strict=True):
-                layer.route = route
+        with following(dict(zip(layers, routes, strict=True))):
             yield assign
-        finally:
-            for layer, kept in zip(layers, before, strict=True):
-                layer.route = kept
 
     def _check_slots(self, slots: Tensor) -> Tensor:
         if slots.dtype != torch.int32 or slots.ndim != 1 or slots.device != self.device:

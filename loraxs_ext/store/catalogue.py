@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import os
-import secrets
-import shutil
 import struct
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from .environment import Database, Environment, Transaction
+from .folder import new_folder
 from .layout import RowLayout
 from .manifest import Manifest
 from .names import encode_name
 from .record import DamagedRecord, Draft, decode, encode, version_of
 from .row import AdapterRow
+from .upkeep import Statistics, check, statistics
 
 _PAGE = 1024
 _COUNTER = struct.Struct(">Q")
@@ -36,31 +35,6 @@ class VersionConflict(RuntimeError):
     def __init__(self, name: str, expected: int, found: int) -> None:
         super().__init__(f"adapter {name!r}: expected version {expected}, got {found} (0 is none)")
         self.expected, self.found = expected, found
-
-
-class Statistics(NamedTuple):
-    """Sizes of a store.
-
-    Attributes:
-        adapters, versions, layouts: how many adapters, older versions of them, and layouts there are.
-        nbytes: of the pages in use or free, which is the size of the file.
-        free_bytes: of pages that the next writes use again.
-        map_size: address space mapped now.
-        readers: read transactions at this moment, over all processes.
-    """
-
-    adapters: int
-    versions: int
-    layouts: int
-    nbytes: int
-    free_bytes: int
-    map_size: int
-    readers: int
-
-    @property
-    def bytes_per_adapter(self) -> float:
-        """Bytes in use by adapter, everything counted; 0 for an empty store."""
-        return (self.nbytes - self.free_bytes) / self.adapters if self.adapters else 0.0
 
 
 class AdapterStore:
@@ -142,7 +116,7 @@ class AdapterStore:
         if keep < 1:
             raise ValueError(f"keep: expected at least 1 version, got {keep}")
         target = Path(path)
-        with _new_folder(target) as folder:
+        with new_folder(target) as folder:
             environment = Environment(folder, _DATABASES)
             text, sketches = manifest.to_bytes()
             about = {b"manifest": text, b"sketches": sketches, b"keep": _COUNTER.pack(keep)}
@@ -159,9 +133,7 @@ class AdapterStore:
         self.close()
 
     def close(self) -> None:
-        """Write what is not on the disk yet, and let go of the files."""
-        if not self._environment.readonly:
-            self.flush()
+        """Put on the disk what is not there yet, and let go of the files."""
         self._environment.close()
 
     def flush(self) -> None:
@@ -293,6 +265,36 @@ class AdapterStore:
         """
         return self.put(self.row(name, version))
 
+    # Upkeep.
+
+    def check(self, progress: Callable[[int], None] | None = None) -> list[str]:
+        """Decode every record and compare what belongs together, in one state of the store.
+
+        Args:
+            progress: called with the number of adapters seen since the last call. Meanwhile a writer can work, but
+                cannot use the room of what it replaces.
+
+        Returns:
+            What is wrong, a sentence each; nothing for a store that is whole.
+        """
+        return check(self._environment, self.manifest.digest, self.keep, progress)
+
+    def compact(self, target: str | os.PathLike[str]) -> None:
+        """Write a copy of the present state without free pages; it appears whole or not at all.
+
+        Args:
+            target: folder to be made. To put it in the place of this one, no process may have either open.
+
+        Raises:
+            FileExistsError: there is something at `target`.
+        """
+        with new_folder(Path(target)) as folder, self._environment.raw() as env:
+            env.copy(str(folder), compact=True)
+
+    def stat(self) -> Statistics:
+        """How many adapters there are, and the room they take."""
+        return statistics(self._environment)
+
     # Inside.
 
     def _write(self, rows: list[AdapterRow], expected: int | None) -> list[int]:
@@ -359,7 +361,7 @@ class AdapterStore:
                 return None
             try:
                 layout = RowLayout.from_json(bytes(text))
-            except (ValueError, RecursionError) as reason:
+            except ValueError as reason:
                 raise DamagedRecord(f"store {self.path}: layout {digest.hex()}: {reason}") from None
             if layout.digest != digest:
                 raise DamagedRecord(f"store {self.path}: expected the layout {digest.hex()}, got {layout.digest.hex()}")
@@ -418,32 +420,3 @@ def _keys(txn: Transaction, db: Database, prefix: bytes, after: bytes | None, si
 def _put_all(txn: Transaction, db: Database, entries: dict[bytes, bytes]) -> None:
     for key, value in entries.items():
         txn.put(key, value, db=db)
-
-
-@contextmanager
-def _new_folder(target: Path) -> Iterator[Path]:
-    """A temporary folder beside `target`, renamed to it in the end; removed on failure."""
-    target = target.absolute()
-    if os.path.lexists(target):
-        raise FileExistsError(f"{target}: exists")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(6)}.tmp")
-    temporary.mkdir()
-    try:
-        yield temporary
-        for place in (*temporary.iterdir(), temporary):
-            _sync(place)
-        # An empty folder of that name made meanwhile would be replaced, anything else fails.
-        os.rename(temporary, target)
-        _sync(target.parent)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -84,11 +84,13 @@ class Environment:
         _ENVIRONMENTS.add(self)
 
     def close(self) -> None:
-        """Let go of the files, after whatever other threads are doing."""
+        """Put everything on the disk and let go of the files, after whatever other threads are doing."""
         if self._closed:
             return
         with self._gate.alone():
             self._closed = True
+            if self._env is not None and not self._options["sync"] and not self.readonly:
+                self._env.sync(True)
             self._release()
 
     @contextmanager
@@ -107,7 +109,7 @@ class Environment:
                         raise
                     transaction = env.begin(buffers=True)
                 if transaction is not None:
-                    with transaction:
+                    with self._told(), transaction:
                         yield transaction, self._databases
                     return
             self._resize(0)
@@ -124,13 +126,23 @@ class Environment:
             with self._gate.shared():
                 env = self._ready()
                 try:
-                    with env.begin(write=True, buffers=True) as transaction:
+                    with self._told(), env.begin(write=True, buffers=True) as transaction:
                         return change(transaction, self._databases)
                 except self._lmdb.MapFullError:
                     size = 2 * env.info()["map_size"]
                 except self._lmdb.MapResizedError:
                     size = 0
             self._resize(size)
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """LMDB's errors as ours, but for those that are dealt with here."""
+        try:
+            yield
+        except (self._lmdb.MapFullError, self._lmdb.MapResizedError):
+            raise
+        except self._lmdb.Error as reason:
+            raise OSError(f"{self.folder}: {reason}") from reason
 
     @contextmanager
     def raw(self) -> Iterator[Any]:

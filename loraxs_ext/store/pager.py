@@ -21,14 +21,15 @@ _PREFETCH_THREADS = 2
 class Lease:
     """The slots of some adapters, whose rows neither move nor change until `release`. A context manager.
 
-    On a GPU, release it on the stream that computes with the rows, or on one that waits for it: the slots are used
-    again after what is queued there by then.
+    On a GPU, `release` may come before the computation has ended: the slots are used again after what is queued by
+    then, on the stream that was current at `acquire` and on the one that is current at `release`.
     """
 
-    def __init__(self, pager: Pager, slots: list[int], held: list[int]) -> None:
+    def __init__(self, pager: Pager, slots: list[int], held: list[int], before: Any) -> None:
         self._pager = pager
         self._slots = slots
         self._held: list[int] | None = held
+        self._before = before
 
     @property
     def slots(self) -> list[int]:
@@ -45,7 +46,7 @@ class Lease:
         """Give the slots back. A second call does nothing."""
         held, self._held = self._held, None
         if held is not None:
-            self._pager._release(held)
+            self._pager._release(held, self._before)
 
     def __enter__(self) -> Lease:
         return self
@@ -89,6 +90,8 @@ class Pager:
     def acquire(self, names: Sequence[str | None], timeout: float | None = None) -> Lease:
         """Lease the current versions of these adapters, all or none.
 
+        On a GPU, call it on the stream that will read the rows: that stream waits for them, the host does not.
+
         Args:
             names: adapters, each as often as it is needed; None stands for the base model.
             timeout: seconds to wait for slots and for rows that others are loading; None waits as long as it takes.
@@ -109,12 +112,12 @@ class Pager:
             if loading:
                 left = None if deadline is None else max(0.0, deadline - time.monotonic())
                 self._table.wait([held[i] for i in loading], left)
-            self._transfer.before_use(held)
+            before = self._transfer.before_use(held)
         except BaseException:
             self._table.release(held)
             raise
         slot_of: dict[str | None, int] = dict(zip(wanted, held, strict=True))
-        return Lease(self, [slot_of.get(name, -1) for name in names], held)
+        return Lease(self, [slot_of.get(name, -1) for name in names], held, before)
 
     def prefetch(self, names: Sequence[str]) -> int:
         """Begin to load adapters that will be asked for soon, without waiting; returns how many.
@@ -235,8 +238,8 @@ class Pager:
             self._table.release(slots)
             raise
 
-    def _release(self, held: list[int]) -> None:
-        self._transfer.after_use(held)
+    def _release(self, held: list[int], before: Any) -> None:
+        self._transfer.after_use(held, before)
         self._table.release(held)
 
 

@@ -61,7 +61,9 @@ class Slab:
         if dtype not in FLOAT_DTYPES:
             raise ValueError(f"dtype: expected one of {', '.join(map(str, FLOAT_DTYPES))}, got {dtype}")
         self.layout = RowLayout(Segment(key, r) for key, r, _ in layout.segments)
-        self.rows = torch.zeros(slots, self.layout.size, dtype=dtype, device=device)
+        # An inference tensor could not be written from a thread that is not in inference mode.
+        with torch.inference_mode(False):
+            self.rows = torch.zeros(slots, self.layout.size, dtype=dtype, device=device)
         self._plans: OrderedDict[bytes, _Plan] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -133,7 +135,7 @@ class Slab:
         """
         plan = self._plans.get(row.layout.digest) or self._make_plan(row)
         _check_parts(row)
-        numbers = row.numbers
+        numbers = row.numbers.detach()
         if plan.same and plan.scalings is None and row.steps is None:
             out.copy_(numbers)
             return

@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -16,6 +16,8 @@ from .slab import Slab
 _STAGING_BYTES = 1 << 20
 # One is packed while others are being copied.
 _STAGING_BUFFERS = 4
+# Rows that are loaded together where they need no staging: who waits for the first does not wait for many more.
+_PORTION = 16
 
 
 class Batch(Protocol):
@@ -35,11 +37,11 @@ class Transfer(Protocol):
         """Up to `capacity` rows; after the block they are in their slots, or will be in the order of the device."""
         ...
 
-    def before_use(self, slots: Sequence[int]) -> None:
-        """What is queued from now on finds the rows of these slots."""
+    def before_use(self, slots: Sequence[int]) -> Any:
+        """What is queued from now on finds the rows of these slots; returns what `after_use` wants to know."""
         ...
 
-    def after_use(self, slots: Sequence[int]) -> None:
+    def after_use(self, slots: Sequence[int], before: Any) -> None:
         """Rows of these slots may be overwritten once what was queued until now has run."""
         ...
 
@@ -53,7 +55,7 @@ class InPlace:
 
     def __init__(self, slab: Slab) -> None:
         self._slab = slab
-        self.capacity = 64
+        self.capacity = _PORTION
 
     @contextmanager
     def batch(self) -> Iterator[Batch]:
@@ -65,7 +67,7 @@ class InPlace:
     def before_use(self, slots: Sequence[int]) -> None:
         pass
 
-    def after_use(self, slots: Sequence[int]) -> None:
+    def after_use(self, slots: Sequence[int], before: None) -> None:
         pass
 
     def close(self) -> None:
@@ -127,12 +129,10 @@ class Streamed:
             self._used[slot].clear()
             self._copied[slot] = copied
 
-    def before_use(self, slots: Sequence[int]) -> None:
-        if not self._copied:
-            return
+    def before_use(self, slots: Sequence[int]) -> torch.cuda.Stream:
         stream = torch.cuda.current_stream(self._slab.device)
-        finished = {}
-        for slot in slots:
+        finished: dict[torch.cuda.Event, bool] = {}
+        for slot in slots if self._copied else ():
             event = self._copied.get(slot)
             if event is None:
                 continue
@@ -140,18 +140,20 @@ class Streamed:
                 finished[event] = event.query()
                 if not finished[event]:
                     stream.wait_event(event)
-            # Nobody else touches this entry: a slot in use is not filled again.
+            # Nobody fills a slot in use, so this entry is still that event, or gone.
             if finished[event]:
                 self._copied.pop(slot, None)
+        return stream
 
-    def after_use(self, slots: Sequence[int]) -> None:
+    def after_use(self, slots: Sequence[int], before: torch.cuda.Stream) -> None:
         if not slots:
             return
-        stream = torch.cuda.current_stream(self._slab.device)
-        event = torch.cuda.Event()
-        event.record(stream)
-        for slot in slots:
-            self._used[slot][stream.cuda_stream] = event
+        # A lease may be released by another thread than the one that computed, or by the garbage collector.
+        for stream in {before, torch.cuda.current_stream(self._slab.device)}:
+            event = torch.cuda.Event()
+            event.record(stream)
+            for slot in slots:
+                self._used[slot][stream.cuda_stream] = event
 
     def close(self) -> None:
         self._stream.synchronize()
@@ -162,8 +164,10 @@ class _Staging:
 
     def __init__(self, capacity: int, slab: Slab) -> None:
         self._slab = slab
-        self.rows = torch.empty(capacity, slab.layout.size, dtype=slab.dtype, pin_memory=True)
-        self.index = torch.empty(capacity, dtype=torch.int64, pin_memory=True)
+        with torch.inference_mode(False):
+            pinned = slab.device.type == "cuda"
+            self.rows = torch.empty(capacity, slab.layout.size, dtype=slab.dtype, pin_memory=pinned)
+            self.index = torch.empty(capacity, dtype=torch.int64, pin_memory=pinned)
         self.slots: list[int] = []
         self.copied: torch.cuda.Event | None = None
 
