@@ -104,6 +104,10 @@ def test_fsdp1_gives_the_adapter_to_the_first_process(results: list[dict[str, An
     assert results[0]["ways"]["FSDP1, LoRA-XS"]["values"] and not results[1]["ways"]["FSDP1, LoRA-XS"]["values"]
 
 
+def test_nested_fsdp1_is_saved_completely(results: list[dict[str, Any]], folder: Path) -> None:
+    assert set(results[0]["nested"]) == set(load_file(folder / "alone" / "LoRA-XS" / WEIGHTS))
+
+
 def test_ddp_never_sends_the_basis(results: list[dict[str, Any]]) -> None:
     for result in results:
         noted = result["broadcasts"]
