@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +147,7 @@ def work(rank: int, folder: Path, port: int) -> None:
     }
     dist.barrier()
     results |= {"sharded": sharded_state(folder, adapters), "tp": loaded_under_tp(folder, adapters)}
-    results["runs"] = runs.train_all(folder)
+    if find_spec("tensorboard") is not None:
+        results["runs"] = runs.train_all(folder)
     torch.save(results, folder / f"results{rank}")
     dist.destroy_process_group()
