@@ -1,6 +1,7 @@
 """Drive CMake and Ninja. Everything else about the package is in pyproject.toml.
 
-Environment: LORAXS_CUDA=auto|on|off (CUDA kernels), LORAXS_CUDA_ARCHS="80;90a;100", MAX_JOBS (parallel compilers).
+Environment: LORAXS_CUDA=auto|on|off (CUDA kernels), LORAXS_CUDA_ARCHS="80;90a;100", MAX_JOBS (parallel compilers),
+LORAXS_NATIVE=off (compile nothing: plain torch does the work, which is all that the plugin for vLLM needs).
 """
 
 from __future__ import annotations
@@ -77,6 +78,10 @@ def _run(*command: str) -> None:
         raise SystemExit(f"loraxs-ext: `{command[0]} {command[1]}` failed, see above")
 
 
+native = os.environ.get("LORAXS_NATIVE", "on")
+if native not in ("on", "off"):
+    raise SystemExit(f"LORAXS_NATIVE: expected on or off, got {native!r}")
 setup(
-    ext_modules=[Extension(OPS, sources=[]), Extension("loraxs_ext._C", sources=[])], cmdclass={"build_ext": CMakeBuild}
+    ext_modules=[Extension(name, sources=[]) for name in (OPS, "loraxs_ext._C") if native == "on"],
+    cmdclass={"build_ext": CMakeBuild},
 )

@@ -1,4 +1,7 @@
-// loraxs_ext._C: what was built, what this CPU can do and which instruction-set level is in use. No tensors.
+// loraxs_ext._C: what was built, what this CPU can do and which instruction-set level is in use, and the slot table.
+// No tensors.
+#include "python.h"
+
 #include <dlfcn.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -58,7 +61,7 @@ void set_cpu_isa(const std::string& name) {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "Build information and CPU features of loraxs_ext; no tensors pass through here.";
+  m.doc() = "Build information, CPU features and the slot table of loraxs_ext; no tensors pass through here.";
   m.def("build_info", &build_info, "Compiler, torch version and instruction sets this build was made with.");
   m.def("cpu_features", &cpu_features, "Instruction sets that this CPU has and the operating system permits.");
   m.def("cpu_isa", &cpu_isa, "The instruction-set level that the CPU ops use now.");
@@ -73,4 +76,5 @@ PYBIND11_MODULE(_C, m) {
       "Whether loraxs::_linear_decode takes bf16 or fp16 of these sizes, without dropout, on a GPU of this major "
       "compute "
       "capability.");
+  loraxs::bind_slot_table(m);
 }

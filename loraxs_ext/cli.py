@@ -19,7 +19,7 @@ import torch
 
 from . import __version__, ops
 from .basis.cache import cache_directory
-from .commands import advise, evaluate, export, import_, init, merge, train
+from .commands import advise, evaluate, export, import_, init, merge, pack, store, train
 
 REQUIRED = ("torch", "numpy", "safetensors", "transformers", "peft", "tqdm")
 OPTIONAL = ("triton", "accelerate")
@@ -222,6 +222,8 @@ COMMANDS = {
     "merge": Command(merge.HELP, merge.add_arguments, merge.run),
     "export": Command(export.HELP, export.add_arguments, export.run),
     "import": Command(import_.HELP, import_.add_arguments, import_.run),
+    "pack": Command(pack.HELP, pack.add_arguments, pack.run),
+    "store": Command(store.HELP, store.add_arguments, store.run),
     "doctor": Command("print versions, devices and who computes each op", _doctor_arguments, _doctor),
 }
 

@@ -129,7 +129,8 @@ void forward(const Forward<T, P>& g) {
   A* q = scratch.get();
   const Paged<A, P>& k = table<T>();
   const auto rotate = [&](int64_t m0, int64_t m1) {
-    k.rotate({g.p + m0 * g.r, g.pages, from_row(g.slots, m0), q + m0 * g.r, m1 - m0, g.r, A(g.scale), false});
+    k.rotate(
+        {g.p + m0 * g.r, g.pages, g.page_stride, from_row(g.slots, m0), q + m0 * g.r, m1 - m0, g.r, A(g.scale), false});
   };
   run(g.M, g.r, g.N, runs_inline<T>(g.M, g.r, g.K + g.N),
       projector(g.x, g.K, g.a, g.p, g.M, g.r, g.keep_scale, g.dropout), rotate,
@@ -145,7 +146,8 @@ void backward(const Backward<T, P>& g) {
   const auto project = projector(g.dy, g.N, g.bt, dq, g.M, g.r, g.scale, nullptr);
   if (g.dx) {
     const auto rotate = [&](int64_t m0, int64_t m1) {
-      k.rotate({dq + m0 * g.r, g.pages, from_row(g.slots, m0), dp + m0 * g.r, m1 - m0, g.r, A(g.keep_scale), true});
+      k.rotate({dq + m0 * g.r, g.pages, g.page_stride, from_row(g.slots, m0), dp + m0 * g.r, m1 - m0, g.r,
+                A(g.keep_scale), true});
     };
     run(g.M, g.r, g.K, runs_inline<T>(g.M, g.r, g.K + g.N), project, rotate,
         expander(g.in, g.dx, dp, g.a, g.M, g.K, g.r, g.slots, g.dropout));

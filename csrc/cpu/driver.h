@@ -10,6 +10,7 @@ struct Forward {
   int64_t M, K, N, r;
   const T *x, *a, *bt;
   const P* pages;
+  int64_t page_stride;
   const int32_t* slots;
   const T* in;
   T* out;
@@ -35,11 +36,12 @@ struct Backward {
   int64_t M, K, N, r, S;
   const T *dy, *a, *bt;
   const P* pages;
+  int64_t page_stride;
   const int32_t* slots;
   const acc_t<T>* p;
   const T* in;  // dy W, or null for zeros
   T* dx;        // null: not needed
-  P* dpages;    // null: not needed
+  P* dpages;    // [S, r, r], or null: not needed
   double scale;
   const Dropout* dropout;
   double keep_scale;
@@ -69,9 +71,10 @@ void rescale_backward(const RescaleGradients<T, P>&);
 template <class T>
 struct RowScales {
   int64_t N, r, S;
-  const T* bt;                     // [r, N]
-  const acc_t<T>* ct;              // [r, N]; null: b in the place of c
-  const acc_t<T>*pages, *root;     // [S, r, r], [r, r]; root null: L = 1
+  const T* bt;                  // [r, N]
+  const acc_t<T>* ct;           // [r, N]; null: b in the place of c
+  const acc_t<T>*pages, *root;  // [S, r, r], [r, r]; root null: L = 1
+  int64_t page_stride;
   const acc_t<T>*sigma, *rho, *m;  // [r] or null for 1, [N], [S, N]
   acc_t<T>*g, *inverse;            // [S, N]
   double scale;

@@ -111,7 +111,7 @@ class Call {
       Arena arena(2 * Arena::padded<float>(count));
       float *own = arena.take<float>(count), *q = arena.take<float>(count), *p = s0 == 0 ? g_.p : own;
       dense.project({g_.x, g_.a, p, g_.K, g_.K, g_.r, g_.M, g_.K, g_.r, 1.f, nullptr, 0, false});
-      paged.rotate({p, g_.pages, g_.slots, q, g_.M, g_.r, float(g_.scale), false});
+      paged.rotate({p, g_.pages, g_.page_stride, g_.slots, q, g_.M, g_.r, float(g_.scale), false});
       for (int64_t n = s0 * kStrip; n < std::min(s1 * kStrip, g_.N); n += kStrip) {
         const int64_t columns = std::min(kStrip, g_.N - n);
         float* y = g_.out + n;
@@ -146,7 +146,8 @@ class Call {
     T* x = panels.x + at * depth_;
     k_.pack({g_.x + m * g_.K, g_.K, count, g_.K, panels.tokens, x});
     k_.product({x, panels.tokens, g_.a, g_.K, count, g_.K, 0, g_.r, nullptr, nullptr, nullptr, 0, 0, nullptr, p, g_.r});
-    paged.rotate({p, g_.pages, g_.slots ? g_.slots + m : nullptr, q, count, g_.r, float(g_.scale), false});
+    paged.rotate(
+        {p, g_.pages, g_.page_stride, g_.slots ? g_.slots + m : nullptr, q, count, g_.r, float(g_.scale), false});
     k_.pack_ranks({q, g_.r, count, g_.r, panels.tokens, panels.q + at * rank_depth_});
   }
 

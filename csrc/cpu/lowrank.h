@@ -58,6 +58,7 @@ template <class A, class P>
 struct Rotate {
   const A* p;
   const P* pages;
+  int64_t page_stride;   // from one page to the next; a page itself is contiguous
   const int32_t* slots;  // null: page 0
   A* q;
   int64_t M, r;

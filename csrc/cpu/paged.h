@@ -108,10 +108,12 @@ void rotate(const Rotate<A, P>& g) {
   for (int64_t m = 0, end = 0; m < g.M; m = end) {
     const int64_t slot = g.slots ? g.slots[m] : 0;
     for (end = g.slots ? m + 1 : g.M; end < g.M && g.slots[end] == slot;) ++end;
-    const P* page = g.pages + slot * g.r * g.r;
-    if (slot < 0)
+    if (slot < 0) {
       for (int64_t i = m * g.r; i < end * g.r; ++i) g.q[i] = 0;
-    else if (end - m < kRun || !rotate_run(g, m, end - m, page))
+      continue;
+    }
+    const P* page = g.pages + slot * g.page_stride;
+    if (end - m < kRun || !rotate_run(g, m, end - m, page))
       for (int64_t i = m; i < end; ++i) rotate_one(g, i, page);
   }
 }

@@ -30,14 +30,20 @@ void row_scale(const RowScales<T>& g) {
   const int64_t r = g.r, rows = g.S * r;
   Arena arena(Arena::padded<A>(g.root ? rows * r : 0));
   const A* cores = g.pages;
+  int64_t core_stride = g.page_stride;
   if (g.root) {
     A* products = arena.take<A>(rows * r);
     const Dense<A>& k = table<A>();
     in_grains(rows, kCoreGrain, rows * r * r < kInlineWork, [&](int64_t i0, int64_t i1) {
-      k.expand({nullptr, products + i0 * r, g.pages + i0 * r, g.root, r, r, r, i1 - i0, r, r, nullptr, nullptr, 0, 0,
-                false});
+      while (i0 < i1) {
+        const int64_t slot = i0 / r, first = i0 % r, count = std::min(i1 - i0, r - first);
+        k.expand({nullptr, products + i0 * r, g.pages + slot * g.page_stride + first * r, g.root, r, r, r, count, r, r,
+                  nullptr, nullptr, 0, 0, false});
+        i0 += count;
+      }
     });
     cores = products;
+    core_stride = r * r;
   }
   const Lengths<T>& k = table<T>();
   // Slot after slot, the rows of each in whole grains: a grain belongs to one slot.
@@ -45,7 +51,7 @@ void row_scale(const RowScales<T>& g) {
   in_grains(g.S * grains, 1, g.S * g.N * r * r < kInlineWork, [&](int64_t i0, int64_t i1) {
     while (i0 < i1) {
       const int64_t slot = i0 / grains, first = i0 % grains, last = std::min(first + i1 - i0, grains);
-      k.row_scale({g.bt, g.ct, cores + slot * r * r, g.sigma, g.rho, g.m + slot * g.N, g.g + slot * g.N,
+      k.row_scale({g.bt, g.ct, cores + slot * core_stride, g.sigma, g.rho, g.m + slot * g.N, g.g + slot * g.N,
                    g.inverse + slot * g.N, g.N, r, first * kRowGrain, std::min(last * kRowGrain, g.N), A(g.scale)});
       i0 += last - first;
     }

@@ -13,6 +13,7 @@ cudaError_t launch(const AddDeltaArgs& g, cudaStream_t stream) {
                             static_cast<const T*>(g.a),
                             static_cast<const T*>(g.bt),
                             static_cast<const P*>(g.pages),
+                            g.page_stride,
                             g.slots,
                             g.rng,
                             g.cutoff,

@@ -13,6 +13,7 @@ constexpr int kMaxAddDeltaRank = 384;
 struct AddDeltaArgs {
   void* y;
   const void *x, *a, *bt, *pages;
+  int64_t page_stride;
   const int32_t* slots;
   const int64_t* rng;
   uint32_t cutoff;

@@ -56,6 +56,7 @@ cudaError_t run(const LinearDecodeArgs& g, const decode::Plan& plan, cudaStream_
                        {x, static_cast<const T*>(g.w), a, M, N, K, g.r},
                        static_cast<const T*>(g.bt),
                        g.pages,
+                       g.page_stride,
                        g.slots,
                        nullptr,
                        nullptr,
@@ -63,10 +64,12 @@ cudaError_t run(const LinearDecodeArgs& g, const decode::Plan& plan, cudaStream_
                        g.S,
                        plan.splits,
                        float(g.scale),
-                       wide_pages};
+                       wide_pages,
+                       decode::whole_pieces(g.pages, g.page_stride, g.r, wide_pages ? sizeof(float) : sizeof(T))};
   if (plan.two_kernels) {
     args.q = g.workspace;
-    const project::Args<T> first{g.p, g.workspace, x, a, g.pages, g.slots, M, K, g.r, g.S, float(g.scale), wide_pages};
+    const project::Args<T> first{g.p, g.workspace, x,   a,   g.pages,        g.page_stride, g.slots,
+                                 M,   K,           g.r, g.S, float(g.scale), wide_pages};
     const dim3 grid(project::kBlocks, unsigned((M + project::kTokens - 1) / project::kTokens));
     const cudaError_t error = launch(project::linear_project_kernel<T>, grid, project::kThreads,
                                      project::shared_bytes(g.r), true, false, first, stream);

@@ -13,7 +13,8 @@ struct LinearDecodeArgs {
   void* y;
   float* p;
   const void *x, *w, *bias, *a, *bt, *pages;  // bias may be null
-  const int32_t* slots;                       // may be null
+  int64_t page_stride;
+  const int32_t* slots;  // may be null
   int64_t M, K, N, S;
   int r;
   double scale;

@@ -10,13 +10,13 @@ namespace loraxs {
 
 void add_low_rank(const Problem& g, const Tensor& in, const Tensor& x, const Tensor& a, const Tensor& b,
                   const Tensor& pages, const int32_t* slots, double scale, const Tensor& out, const Tensor& p) {
-  const Tensor x_rows = dense(x), a_rows = dense(a), bt = transposed_basis(b), page_rows = dense(pages);
+  const Tensor x_rows = dense(x), a_rows = dense(a), bt = transposed_basis(b), page_rows = page_views(pages);
   visit_dtypes(g, [&](auto types) {
     using T = typename decltype(types)::Element;
     using P = typename decltype(types)::Page;
     cpu::forward<T, P>({g.M.size, g.K.size, g.N.size, g.r.size, data<T>(x_rows), data<T>(a_rows), data<T>(bt),
-                        data<P>(page_rows), slots, data<T>(in), mutable_data<T>(out), mutable_data<cpu::acc_t<T>>(p),
-                        scale, g.mask(), g.keep_scale});
+                        data<P>(page_rows), page_rows.stride(0), slots, data<T>(in), mutable_data<T>(out),
+                        mutable_data<cpu::acc_t<T>>(p), scale, g.mask(), g.keep_scale});
   });
 }
 

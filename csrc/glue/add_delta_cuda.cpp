@@ -35,9 +35,9 @@ void add_delta_(Tensor y, const Tensor& x, const Tensor& a, const Tensor& b, con
   const NoGrad no_grad;
   const torch::stable::accelerator::DeviceGuard guard(device);
   const Tensor rows = dense(y), x_rows = dense(x), a_rows = dense(a), bt = transposed_basis(b),
-               page_rows = dense(pages);
+               page_rows = page_views(pages);
   expect_launched(g.op, cuda::add_delta({rows.mutable_data_ptr(), x_rows.const_data_ptr(), a_rows.const_data_ptr(),
-                                         bt.const_data_ptr(), page_rows.const_data_ptr(),
+                                         bt.const_data_ptr(), page_rows.const_data_ptr(), page_rows.stride(0),
                                          slot_rows ? static_cast<const int32_t*>(slot_rows->const_data_ptr()) : nullptr,
                                          words ? static_cast<const int64_t*>(words->const_data_ptr()) : nullptr,
                                          g.cutoff(), g.M.size, g.K.size, g.N.size, g.S.size, int(g.r.size), scale,

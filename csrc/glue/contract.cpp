@@ -206,6 +206,11 @@ Tensor empty_rows(const Tensor& like, int64_t last, ScalarType dtype) {
 
 Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
+Tensor page_views(const Tensor& pages) {
+  const int64_t r = pages.size(2);
+  return r == 1 || (pages.stride(2) == 1 && pages.stride(1) == r) ? pages : dense(pages);
+}
+
 Tensor transposed_basis(const Tensor& b) { return dense(torch::stable::transpose(b, 0, 1)); }
 
 }  // namespace loraxs

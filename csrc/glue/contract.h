@@ -83,6 +83,9 @@ Tensor empty_rows(const Tensor& like, int64_t last, ScalarType dtype);
 Tensor empty_rows(const Tensor& like, int64_t last, ScalarType dtype, int32_t device_type, int32_t device);
 
 Tensor dense(const Tensor& t);
+// Pages [S, r, r] that are contiguous each, at any distance from one another, as the rows of a slab are: pages as they
+// lie where that is so, else a dense copy. stride(0) is the distance.
+Tensor page_views(const Tensor& pages);
 // b [N, r] as contiguous bt [r, N]; no copy when b is the transpose of one.
 Tensor transposed_basis(const Tensor& b);
 

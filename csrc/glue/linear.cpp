@@ -21,16 +21,16 @@ bool is_fused(const Problem& g, const Tensor& x, const Tensor& weight) {
 Tensor fused_linear(const Problem& g, const Tensor& x, const Tensor& weight, const MaybeTensor& bias, const Tensor& a,
                     const Tensor& b, const Tensor& pages, const int32_t* slots, double scale, const Tensor& p) {
   const Tensor y = empty_rows(x, g.N.size, g.dtype);
-  const Tensor a_rows = dense(a), bt = transposed_basis(b), page_rows = dense(pages);
+  const Tensor a_rows = dense(a), bt = transposed_basis(b), page_rows = page_views(pages);
   const MaybeTensor bias_row = bias ? MaybeTensor(dense(*bias)) : std::nullopt;
   visit_dtypes(g, [&](auto types) {
     using T = typename decltype(types)::Element;
     using P = typename decltype(types)::Page;
     if constexpr (std::is_same_v<T, float> || std::is_same_v<T, cpu::bf16>)
-      cpu::fused<T, P>(
-          {g.M.size, g.K.size, g.N.size, g.r.size, data<T>(x), data<T>(a_rows), data<T>(bt), data<P>(page_rows), slots,
-           nullptr, mutable_data<T>(y), mutable_data<cpu::acc_t<T>>(p), scale, nullptr, 1.0},
-          data<T>(weight), bias_row ? data<T>(*bias_row) : nullptr);
+      cpu::fused<T, P>({g.M.size, g.K.size, g.N.size, g.r.size, data<T>(x), data<T>(a_rows), data<T>(bt),
+                        data<P>(page_rows), page_rows.stride(0), slots, nullptr, mutable_data<T>(y),
+                        mutable_data<cpu::acc_t<T>>(p), scale, nullptr, 1.0},
+                       data<T>(weight), bias_row ? data<T>(*bias_row) : nullptr);
   });
   return y;
 }

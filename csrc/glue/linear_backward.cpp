@@ -36,15 +36,15 @@ std::tuple<Tensor, Tensor> linear_backward(const Tensor& dy, const MaybeTensor& 
   }
   if (!need_dx && !need_dpages) return {dx, dpages};
 
-  const Tensor rows = dense(dy), a_rows = dense(a), bt = transposed_basis(b), page_rows = dense(pages);
+  const Tensor rows = dense(dy), a_rows = dense(a), bt = transposed_basis(b), page_rows = page_views(pages);
   const Tensor p_rows = dense(p);
   visit_dtypes(g, [&](auto types) {
     using T = typename decltype(types)::Element;
     using P = typename decltype(types)::Page;
     cpu::backward<T, P>({g.M.size, g.K.size, g.N.size, g.r.size, g.S.size, data<T>(rows), data<T>(a_rows), data<T>(bt),
-                         data<P>(page_rows), s, data<cpu::acc_t<T>>(p_rows), need_dx && weight ? data<T>(dx) : nullptr,
-                         need_dx ? mutable_data<T>(dx) : nullptr, need_dpages ? mutable_data<P>(dpages) : nullptr,
-                         scale, g.mask(), g.keep_scale});
+                         data<P>(page_rows), page_rows.stride(0), s, data<cpu::acc_t<T>>(p_rows),
+                         need_dx && weight ? data<T>(dx) : nullptr, need_dx ? mutable_data<T>(dx) : nullptr,
+                         need_dpages ? mutable_data<P>(dpages) : nullptr, scale, g.mask(), g.keep_scale});
   });
   return {dx, dpages};
 }

@@ -43,20 +43,21 @@ std::tuple<Tensor, Tensor> linear_decode(const Tensor& x, const Tensor& weight, 
   const NoGrad no_grad;
   const torch::stable::accelerator::DeviceGuard guard(device);
   const Tensor x_rows = aligned(x), w_rows = aligned(weight), a_rows = aligned(a), bt = transposed_basis(b),
-               page_rows = aligned(pages);
+               page_rows = page_views(pages);
   const MaybeTensor bias_row = bias ? MaybeTensor(dense(*bias)) : std::nullopt;
   const Tensor y = empty_rows(x, g.N.size, g.dtype, aoti_torch_device_type_cuda(), device);
   const int64_t p_sizes[] = {g.M.size, g.r.size}, scratch_size = plan.workspace(g.M.size, g.r.size);
   const Tensor p = empty_cuda(p_sizes, 2, ScalarType::Float, device);
   const Tensor scratch = empty_cuda(&scratch_size, 1, ScalarType::Float, device);
-  expect_launched(g.op, cuda::linear_decode(
-                            {y.mutable_data_ptr(), static_cast<float*>(p.mutable_data_ptr()), x_rows.const_data_ptr(),
-                             w_rows.const_data_ptr(), bias_row ? bias_row->const_data_ptr() : nullptr,
-                             a_rows.const_data_ptr(), bt.const_data_ptr(), page_rows.const_data_ptr(),
-                             slot_rows ? static_cast<const int32_t*>(slot_rows->const_data_ptr()) : nullptr, g.M.size,
-                             g.K.size, g.N.size, g.S.size, int(g.r.size), scale, dtype_of(g.dtype),
-                             dtype_of(g.pages_dtype), static_cast<float*>(scratch.mutable_data_ptr())},
-                            plan, current_stream(device)));
+  expect_launched(
+      g.op, cuda::linear_decode(
+                {y.mutable_data_ptr(), static_cast<float*>(p.mutable_data_ptr()), x_rows.const_data_ptr(),
+                 w_rows.const_data_ptr(), bias_row ? bias_row->const_data_ptr() : nullptr, a_rows.const_data_ptr(),
+                 bt.const_data_ptr(), page_rows.const_data_ptr(), page_rows.stride(0),
+                 slot_rows ? static_cast<const int32_t*>(slot_rows->const_data_ptr()) : nullptr, g.M.size, g.K.size,
+                 g.N.size, g.S.size, int(g.r.size), scale, dtype_of(g.dtype), dtype_of(g.pages_dtype),
+                 static_cast<float*>(scratch.mutable_data_ptr())},
+                plan, current_stream(device)));
   return {y, p};
 }
 

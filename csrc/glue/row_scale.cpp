@@ -40,7 +40,7 @@ std::tuple<Tensor, Tensor> row_scale(const Tensor& rho, const Tensor& b, const T
   const Tensor g = empty_cpu({p.S.size, p.N.size}, wide), inverse = empty_cpu({p.S.size, p.N.size}, wide);
   if (p.N.size > 0) {
     const Tensor bt = transposed_basis(b), lengths = dense(rho);
-    const Tensor cores = dense(in_dtype(pages, wide)), factors = dense(in_dtype(m, wide));
+    const Tensor cores = page_views(in_dtype(pages, wide)), factors = dense(in_dtype(m, wide));
     const MaybeTensor ct = c ? MaybeTensor(transposed_basis(*c)) : std::nullopt;
     const MaybeTensor lower = root ? MaybeTensor(dense(*root)) : std::nullopt;
     const MaybeTensor values = sigma ? MaybeTensor(dense(*sigma)) : std::nullopt;
@@ -48,8 +48,8 @@ std::tuple<Tensor, Tensor> row_scale(const Tensor& rho, const Tensor& b, const T
       using T = typename decltype(types)::Element;
       using A = cpu::acc_t<T>;
       cpu::row_scale<T>({p.N.size, p.r.size, p.S.size, data<T>(bt), ct ? data<A>(*ct) : nullptr, data<A>(cores),
-                         lower ? data<A>(*lower) : nullptr, values ? data<A>(*values) : nullptr, data<A>(lengths),
-                         data<A>(factors), mutable_data<A>(g), mutable_data<A>(inverse), scale});
+                         lower ? data<A>(*lower) : nullptr, cores.stride(0), values ? data<A>(*values) : nullptr,
+                         data<A>(lengths), data<A>(factors), mutable_data<A>(g), mutable_data<A>(inverse), scale});
     });
   }
   return {in_dtype(g, m.scalar_type()), inverse};

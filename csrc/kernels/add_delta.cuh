@@ -15,11 +15,12 @@ constexpr int kMaxRank = 384;  // p and q of a tile in fp64 fill the 48 KiB that
 
 template <class T, class P>
 struct AddDelta {
-  T* y;                  // [M, N]
-  const T* x;            // [M, K]
-  const T* a;            // [r, K]
-  const T* bt;           // [r, N]
-  const P* pages;        // [S, r, r]
+  T* y;            // [M, N]
+  const T* x;      // [M, K]
+  const T* a;      // [r, K]
+  const T* bt;     // [r, N]
+  const P* pages;  // [S, r, r], page_stride numbers from one to the next
+  int64_t page_stride;
   const int32_t* slots;  // [M] with values in [-1, S), or null: slot 0
   const int64_t* rng;    // (seed, offset), or null: no dropout
   uint32_t cutoff;       // see Dropout
@@ -77,7 +78,7 @@ __global__ void __launch_bounds__(kThreads, 2) add_delta_kernel(AddDelta<T, P> g
     A sum = 0;
     for (int j = 0; slot >= 0 && j < g.r; ++j) {
       A tr;
-      widen(g.pages[(slot * g.r + i) * g.r + j], tr);
+      widen(g.pages[slot * g.page_stride + i * g.r + j], tr);
       sum += tr * sp[token * g.r + j];
     }
     sq[t] = A(g.scale) * sum;

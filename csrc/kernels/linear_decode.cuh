@@ -19,8 +19,9 @@ struct Args {
   float* p;       // [M, r]
   const T* bias;  // [N] or null
   Operands<T> in;
-  const T* bt;           // [r, N]
-  const void* pages;     // [S, r, r] of float if wide_pages, else of T; 16-byte address
+  const T* bt;        // [r, N]
+  const void* pages;  // [S, r, r] of float if wide_pages, else of T; page_stride numbers from one to the next
+  int64_t page_stride;
   const int32_t* slots;  // [M] with values in [-1, S), or null: slot 0
   const float* q;        // [M, r] = s R p from linear_project, where this kernel does not project itself
   float* parts;          // [tiles, splits, part_floats]: sums to be added through global memory, or null
@@ -29,6 +30,7 @@ struct Args {
   int splits;
   float scale;
   bool wide_pages;
+  bool whole_pieces;  // every row of a page is whole pieces of 16 bytes, at addresses of 16 bytes
 };
 
 template <int kTokenTiles, int kRankTiles>
@@ -125,10 +127,10 @@ __device__ __forceinline__ void expand(const Args<T>& g, Sums<T, kTokenTiles, kR
 }
 
 template <class P>
-__device__ __forceinline__ float dot(const P* page_row, const float* p, int r) {
+__device__ __forceinline__ float dot(const P* page_row, const float* p, int r, bool whole_pieces) {
   float sum = 0;
   int j = 0;
-  if (r % 8 == 0) {
+  if (whole_pieces) {
     for (; j < r; j += 8) {
       const Eight<P> row = *reinterpret_cast<const Eight<P>*>(page_row + j);
       for (int c = 0; c < 8; ++c) {
@@ -154,10 +156,11 @@ __device__ __forceinline__ void apply_pages(const Args<T>& g, const float* sp, f
     const int m = t / kRanks, i = t % kRanks, r = g.in.r;
     float q = 0;
     if (m < g.in.M && i < r) {
-      const int64_t slot = slot_of(g.slots, m, g.S), row = (slot * r + i) * r;
+      const int64_t slot = slot_of(g.slots, m, g.S), row = slot * g.page_stride + i * r;
+      const float* p = sp + m * kStride;
       if (slot >= 0)
-        q = g.scale * (g.wide_pages ? dot(static_cast<const float*>(g.pages) + row, sp + m * kStride, r)
-                                    : dot(static_cast<const T*>(g.pages) + row, sp + m * kStride, r));
+        q = g.scale * (g.wide_pages ? dot(static_cast<const float*>(g.pages) + row, p, r, g.whole_pieces)
+                                    : dot(static_cast<const T*>(g.pages) + row, p, r, g.whole_pieces));
     }
     sq[m * kStride + i] = q;
   }
@@ -166,12 +169,12 @@ __device__ __forceinline__ void apply_pages(const Args<T>& g, const float* sp, f
 // Brings the R of every token near before it is needed; a slot out of range is found out later.
 template <class T>
 __device__ __forceinline__ void prefetch_pages(const Args<T>& g) {
-  const int64_t bytes = int64_t(g.in.r) * g.in.r * int64_t(g.wide_pages ? sizeof(float) : sizeof(T));
-  const int lines = int((bytes + 127) / 128);
+  const int64_t element = int64_t(g.wide_pages ? sizeof(float) : sizeof(T));
+  const int lines = int((g.in.r * g.in.r * element + 127) / 128);
   for (int t = int(threadIdx.x); t < g.in.M * lines; t += kThreads) {
     const int64_t slot = g.slots != nullptr ? g.slots[t / lines] : 0;
     if (slot >= 0 && slot < g.S)
-      prefetch(static_cast<const unsigned char*>(g.pages) + slot * bytes + t % lines * int64_t(128));
+      prefetch(static_cast<const unsigned char*>(g.pages) + slot * g.page_stride * element + t % lines * int64_t(128));
   }
 }
 

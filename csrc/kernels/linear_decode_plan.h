@@ -1,6 +1,7 @@
 // Which calls linear_decode takes, and how it cuts them up: plain arithmetic, for the launcher, for Python and for
 // tests.
 #pragma once
+#include <cstddef>
 #include <cstdint>
 
 namespace loraxs::decode {
@@ -66,6 +67,11 @@ constexpr Plan plan(int64_t M, int64_t N, int64_t K, int64_t r, int major) {
   while (plan.splits < kMaxSplits && plan.tiles * plan.splits * 2 <= kBlocks && plan.splits * 2 <= units)
     plan.splits *= 2;
   return plan;
+}
+
+// Whether rows of pages, r numbers of `element` bytes each, can be read in eights.
+inline bool whole_pieces(const void* pages, int64_t page_stride, int64_t r, size_t element) {
+  return r % 8 == 0 && page_stride * element % 16 == 0 && reinterpret_cast<uintptr_t>(pages) % 16 == 0;
 }
 
 }  // namespace loraxs::decode

@@ -17,9 +17,10 @@ constexpr size_t shared_bytes(int r) { return size_t(kTokens + 1) * r * sizeof(f
 
 template <class T>
 struct Args {
-  float *p, *q;          // [M, r]
-  const T *x, *a;        // [M, K], [r, K]: K a multiple of 8, addresses of 16 bytes
-  const void* pages;     // [S, r, r] of float if wide_pages, else of T
+  float *p, *q;       // [M, r]
+  const T *x, *a;     // [M, K], [r, K]: K a multiple of 8, addresses of 16 bytes
+  const void* pages;  // [S, r, r] of float if wide_pages, else of T; page_stride numbers from one to the next
+  int64_t page_stride;
   const int32_t* slots;  // [M] with values in [-1, S), or null: slot 0
   int M, K, r;
   int64_t S;
@@ -59,7 +60,7 @@ __device__ __forceinline__ void apply_page(const Args<T>& g, int m, int64_t slot
     float sum = 0;
     for (int j = lane; slot >= 0 && j < g.r; j += 32) {
       float tr;
-      widen(pages[(slot * g.r + i) * g.r + j], tr);
+      widen(pages[slot * g.page_stride + i * g.r + j], tr);
       sum += tr * sp[j];
     }
     sum = warp_sum(sum);

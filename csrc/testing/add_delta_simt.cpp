@@ -8,12 +8,13 @@ using namespace loraxs;
 template <class A, class T, class P>
 void run(void* y, const void* x, const void* a, const void* bt, const void* pages, const int32_t* slots,
          const int64_t* rng, uint32_t cutoff, const int64_t* sizes, double scale, double keep_scale) {
-  const int64_t M = sizes[0], K = sizes[1], N = sizes[2], r = sizes[3], S = sizes[4];
+  const int64_t M = sizes[0], K = sizes[1], N = sizes[2], r = sizes[3], S = sizes[4], page_stride = sizes[5];
   const AddDelta<T, P> g{static_cast<T*>(y),
                          static_cast<const T*>(x),
                          static_cast<const T*>(a),
                          static_cast<const T*>(bt),
                          static_cast<const P*>(pages),
+                         page_stride,
                          slots,
                          rng,
                          cutoff,

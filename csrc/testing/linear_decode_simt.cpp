@@ -14,7 +14,7 @@ using namespace loraxs;
 struct Header {
   int32_t half, major;   // fp16 instead of bf16; compute capability
   int32_t late_falling;  // copies land as late as they may and threads run in falling order, or neither
-  int32_t M, N, K, r, S, wide_pages, has_bias, has_slots;
+  int32_t M, N, K, r, S, page_stride, wide_pages, has_bias, has_slots;
   float scale;
 };
 
@@ -39,6 +39,7 @@ void run(const Call& g, const decode::Plan& plan) {
                        {x, static_cast<const T*>(g.w), a, g.M, g.N, g.K, g.r},
                        static_cast<const T*>(g.bt),
                        g.pages,
+                       g.page_stride,
                        g.slots,
                        nullptr,
                        nullptr,
@@ -46,10 +47,11 @@ void run(const Call& g, const decode::Plan& plan) {
                        g.S,
                        plan.splits,
                        g.scale,
-                       g.wide_pages != 0};
+                       g.wide_pages != 0,
+                       decode::whole_pieces(g.pages, g.page_stride, g.r, g.wide_pages ? sizeof(float) : sizeof(T))};
   if (plan.two_kernels) {
     args.q = workspace.get();
-    const project::Args<T> first{g.p,     workspace.get(),  x, a, g.pages, g.slots, g.M, g.K, g.r, g.S,
+    const project::Args<T> first{g.p,     workspace.get(),  x, a, g.pages, g.page_stride, g.slots, g.M, g.K, g.r, g.S,
                                  g.scale, g.wide_pages != 0};
     const unsigned groups = unsigned((g.M + project::kTokens - 1) / project::kTokens);
     simt::launch(project::linear_project_kernel<T>,
@@ -97,7 +99,7 @@ int main() {
 
   const size_t M = size_t(g.M), N = size_t(g.N), K = size_t(g.K), r = size_t(g.r), S = size_t(g.S);
   const auto x = read(M * K * 2), w = read(N * K * 2), bias = read(g.has_bias ? N * 2 : 0), a = read(r * K * 2),
-             bt = read(r * N * 2), pages = read(S * r * r * (g.wide_pages ? 4 : 2)),
+             bt = read(r * N * 2), pages = read(((S - 1) * size_t(g.page_stride) + r * r) * (g.wide_pages ? 4 : 2)),
              slots = read(g.has_slots ? M * 4 : 0), y = poisoned(M * N * 2), p = poisoned(M * r * 4);
   g.x = x.get(), g.w = w.get(), g.bias = bias.get(), g.a = a.get(), g.bt = bt.get(), g.pages = pages.get();
   g.slots = reinterpret_cast<const int32_t*>(slots.get()), g.y = y.get(), g.p = reinterpret_cast<float*>(p.get());

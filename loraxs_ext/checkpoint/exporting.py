@@ -64,7 +64,7 @@ def to_lora(
     layers = [module for module in model.modules() if isinstance(module, LoraXSLayer)]
     factors = ((m.key, lora_factors(m, adapter_name)) for m in layers if adapter_name in m.loraxs_R)
     others = get_peft_model_state_dict(model, adapter_name=adapter_name)
-    _write(config, factors, others, Path(folder), dtype, overwrite)
+    write_lora(config, factors, others, Path(folder), dtype=dtype, overwrite=overwrite)
 
 
 def export_lora(
@@ -85,20 +85,32 @@ def export_lora(
     try:
         config = cast(LoraXSConfig, model.model.peft_config[model.adapter])
         factors = ((layer.key, lora_factors(layer, model.adapter)) for layer in model.visit(progress=progress))
-        _write(config, factors, model.others, output, dtype, overwrite)
+        write_lora(config, factors, model.others, output, dtype=dtype, overwrite=overwrite)
     finally:
         model.close()
 
 
-def _write(
+def write_lora(
     config: LoraXSConfig,
     factors: Iterable[tuple[str, dict[str, Tensor]]],
     others: Mapping[str, Tensor],
     folder: Path,
-    dtype: torch.dtype,
-    overwrite: bool,
+    *,
+    dtype: torch.dtype = torch.float32,
+    overwrite: bool = False,
 ) -> None:
-    """Write the folder, from `lora_factors` by module key, and what else the adapter stores."""
+    """Write the folder of a plain LoRA, whole or not at all.
+
+    Args:
+        config: of the LoRA-XS adapter.
+        factors: by module key, what `lora_factors` returns.
+        others: what else the adapter stores, under its stored names.
+        folder, dtype, overwrite: as `to_lora`.
+
+    Raises:
+        ValueError, FileExistsError: as `to_lora`.
+        BlockingIOError: another process or thread is writing the folder.
+    """
     if dtype not in DTYPES:
         raise ValueError(f"dtype: expected fp32, bf16 or fp16, got {dtype}")
     with atomic_folder(folder, overwrite=overwrite) as temporary:

@@ -2,7 +2,7 @@
 from."""
 
 from .conv import LoraXSConv
-from .core import Core, CoreMatrix, initial_core
+from .core import Core, CoreMatrix, initial_core, seeded_generator
 from .embedding import LoraXSEmbedding
 from .experts import ParamWrapper
 from .layer import BasisPolicy, LoraXSLayer
@@ -11,7 +11,7 @@ from .merge import MergeLossWarning, delta_weight, rounding_loss
 from .opaque import LoraXSOpaque
 from .probing import pass_gradients
 from .repacking import guard_packed_weights
-from .routing import BASE, Route, build_route, routed
+from .routing import BASE, Route, build_route, following, routed
 from .sharding import complete
 from .stacked import SharedProjection, share_projections
 from .tiny import TinyCore, TinyOptions, group_of, tie
@@ -35,12 +35,14 @@ __all__ = [
     "build_route",
     "complete",
     "delta_weight",
+    "following",
     "group_of",
     "guard_packed_weights",
     "initial_core",
     "pass_gradients",
     "rounding_loss",
     "routed",
+    "seeded_generator",
     "share_projections",
     "tie",
 ]

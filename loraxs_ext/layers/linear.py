@@ -165,7 +165,8 @@ class LoraXSLinear(LoraXSLayer):
     def routed_path(self, x: Tensor, route: Route) -> list[LowRankPath]:
         if route.pages is None:
             return []
-        return [LowRankPath(*self.get_basis(route.adapter), route.pages, route.per_token(x))]
+        basis = route.basis_of(self)
+        return [LowRankPath(*basis, route.pages, route.per_token(x), route.scale, route.p_drop)]
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """ΔW = W' − W in the layout of the base weight, in fp32 (fp64 for an fp64 base)."""

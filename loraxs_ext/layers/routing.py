@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from .edora import route_scales
 
@@ -25,15 +26,35 @@ class Route:
 
     Attributes:
         slots: int32 [rows] or [tokens], on the layer's device; −1 is the base model.
-        pages: [S, r, r], scaling folded in, smaller ranks padded with zeros; None when every row is a base row.
+        pages: [S, r, r], smaller ranks padded with zeros; None when every row is a base row.
         adapter: the adapter of the largest rank, whose basis contains the bases of all others.
         scales: [S, N], the factors of the rows of W where an adapter has a magnitude; None where none has one.
+        exact: refuse x of more rows than `slots`. generate() has more, for beams and returned sequences.
+        scale: s of all pages; 1 where every page has its own scaling folded in.
+        p_drop: dropout probability on the input of the low-rank path, for training.
     """
 
     slots: Tensor
     pages: Tensor | None
     adapter: str
     scales: Tensor | None = None
+    exact: bool = False
+    scale: float = 1.0
+    p_drop: float = 0.0
+    # What a decoder would make anew for hundreds of layers at every step, each with what it was made of.
+    _basis: tuple[Tensor | None, Tensor | None, tuple[Tensor, Tensor]] | None = field(
+        default=None, init=False, repr=False, compare=False
+    )
+    _expanded: tuple[Tensor, int, int, Tensor] | None = field(default=None, init=False, repr=False, compare=False)
+
+    def basis_of(self, layer: LoraXSLayer) -> tuple[Tensor, Tensor]:
+        """a [r, K] and b [N, r] of the adapter in `layer`, whose route this is."""
+        if is_compiling():
+            return layer.get_basis(self.adapter)
+        a, bt, kept = layer._buffers["loraxs_A"], layer._buffers["loraxs_Bt"], self._basis
+        if kept is None or kept[0] is not a or kept[1] is not bt:
+            self._basis = kept = a, bt, layer.get_basis(self.adapter)
+        return kept[2]
 
     def per_token(self, x: Tensor) -> Tensor:
         """int32 [M], the slot of every token of x [..., K].
@@ -48,12 +69,23 @@ class Route:
         rows = self.slots.shape[0]
         if tokens == rows:
             return self.slots
-        if x.shape[0] % rows:
+        if x.shape[0] % rows or (self.exact and x.ndim > 2 and x.shape[0] != rows):
             raise ValueError(
-                f"adapter_names: expected one name per row of the batch, got {rows} names for an input of shape "
-                f"{list(x.shape)}"
+                f"adapters: expected one name per row of the batch, or one slot per token, got {rows} for an input of "
+                f"shape {list(x.shape)}"
             )
-        return self.slots.repeat_interleave(tokens // rows)
+        return self._expand(tokens // rows)
+
+    def _expand(self, times: int) -> Tensor:
+        """Every slot `times` times in a row."""
+        slots = self.slots
+        # A CUDA graph has to expand what it finds when it is replayed; inference tensors do not tell when they change.
+        if is_compiling() or slots.is_cuda or slots.is_inference():
+            return slots.repeat_interleave(times)
+        kept = self._expanded
+        if kept is None or kept[0] is not slots or kept[1:3] != (slots._version, times):
+            self._expanded = kept = slots, slots._version, times, slots.repeat_interleave(times)
+        return kept[3]
 
 
 def build_route(layer: LoraXSLayer, names: Sequence[str]) -> Route:
@@ -86,16 +118,24 @@ def routed(layers: Iterable[LoraXSLayer], names: Sequence[str]) -> Iterator[None
         raise ValueError(
             "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
         )
-    before = [layer.route for layer in layers]
+    for layer in layers:
+        for name in dict.fromkeys(names):
+            layer.settle(name)
+    with following({layer: build_route(layer, names) for layer in layers}):
+        yield
+
+
+@contextmanager
+def following(routes: Mapping[LoraXSLayer, Route]) -> Iterator[None]:
+    """Every forward pass inside the context takes these routes; layers without one keep theirs."""
+    before = {layer: layer.route for layer in routes}
     try:
-        for layer in layers:
-            for name in dict.fromkeys(names):
-                layer.settle(name)
-            layer.route = build_route(layer, names)
+        for layer, route in routes.items():
+            layer.route = route
         yield
     finally:
-        for layer, route in zip(layers, before, strict=True):
-            layer.route = route
+        for layer, old in before.items():
+            layer.route = old
 
 
 def pad(core: Tensor, rank: int) -> Tensor:

@@ -42,7 +42,8 @@ def linear(
         x: [..., K] in fp32, bf16, fp16 or fp64.
         weight, bias: [N, K] and [N] or None; dtype of x; the weight is frozen.
         a, b: [r, K] and [N, r], dtype of x, frozen and shared by all adapters. Fastest when `b.mT` is contiguous.
-        pages: [S, r, r], dtype of x or fp32: the R of every slot.
+        pages: [S, r, r], dtype of x or fp32: the R of every slot. A view into the rows of a slab, contiguous within
+            each page, is read where it lies.
         slots: int32 [M], the slot of every token (M = product of the leading dimensions of x); −1 is the base model;
             None means slot 0 everywhere.
         scale: s, usually alpha / r.

@@ -3,6 +3,10 @@
 Letters: M tokens (product of the leading dimensions of x), K d_in, N d_out, r rank, S slots. The eager check of every
 Python owner, the fake kernels, tests and benchmarks read the same table. The C++ owners check the same conditions
 again where memory safety begins (`csrc/glue`).
+
+Arguments may have any strides. Pages that are contiguous within each [r, r] are read where they lie, at 64-bit offsets,
+whatever the distance between them: the view `rows[:, o : o + r * r].view(S, r, r)` of a slab costs no copy. Any other
+layout of pages may cost a copy of all of them. The gradient of pages is contiguous.
 """
 
 from __future__ import annotations

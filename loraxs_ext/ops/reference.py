@@ -381,10 +381,10 @@ def _drop(rows: Tensor, p_drop: float, rng: Tensor | None) -> Tensor:
 
 def _apply_pages(p: Tensor, pages: Tensor, slots: Tensor | None) -> Tensor:
     """q_m = R_slot(m) p_m; zero where the slot is −1."""
-    pages = pages.to(p.dtype)
     if slots is None:
-        return p @ pages[0].T
-    chosen = pages[slots.clamp_min(0).long()]
+        return p @ pages[0].to(p.dtype).T
+    # Chosen first, then widened: a table may hold many more pages than there are tokens.
+    chosen = pages[slots.clamp_min(0).long()].to(p.dtype)
     q = torch.bmm(chosen, p.unsqueeze(-1)).squeeze(-1)
     return q.masked_fill((slots < 0)[:, None], 0.0)
 

@@ -28,6 +28,18 @@ def mixed_batch(model: nn.Module, names: Sequence[str], args: tuple, kwargs: Map
     Raises:
         ValueError: training mode, an unknown adapter, a merged layer, or a batch of another size.
     """
+    with ExitStack() as stack:
+        stack.enter_context(route_rows(model, names))
+        if not check_rows(len(names), args, kwargs):
+            # PEFT's task models keep the input to themselves; the model below sees it.
+            check = partial(_check_rows_hook, rows=len(names))
+            stack.callback(model.register_forward_pre_hook(check, with_kwargs=True).remove)
+        yield
+
+
+@contextmanager
+def route_rows(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
+    """`mixed_batch` without a look at the batch itself."""
     if model.training:
         raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
     layers = [module for module in model.modules() if isinstance(module, LoraXSLayer)]
@@ -35,10 +47,6 @@ def mixed_batch(model: nn.Module, names: Sequence[str], args: tuple, kwargs: Map
     if unknown:
         raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
     with ExitStack() as stack:
-        if not _check_rows(names, args, kwargs):
-            # PEFT's task models keep the input to themselves; the model below sees it.
-            check = partial(_check_rows_hook, names=names)
-            stack.callback(model.register_forward_pre_hook(check, with_kwargs=True).remove)
         for module in model.modules():
             if isinstance(module, AuxiliaryTrainingWrapper):
                 hook = partial(_add_names_hook, names=names)
@@ -47,21 +55,20 @@ def mixed_batch(model: nn.Module, names: Sequence[str], args: tuple, kwargs: Map
         yield
 
 
-def _check_rows(names: Sequence[str], args: tuple, kwargs: Mapping[str, Any]) -> bool:
-    """Whether the arguments tell the size of the batch; ValueError if it is not that of `names`."""
+def check_rows(rows: int, args: tuple, kwargs: Mapping[str, Any]) -> bool:
+    """Whether the arguments of forward or generate tell the size of the batch; ValueError if it is not `rows`."""
     for value in (*args[:1], *(kwargs.get(key) for key in _BATCHED)):
         if isinstance(value, Tensor) and value.ndim:
-            if len(value) != len(names):
+            if len(value) != rows:
                 raise ValueError(
-                    f"adapter_names: expected one name per row of the batch, got {len(names)} names for {len(value)} "
-                    f"rows"
+                    f"adapters: expected one name per row of the batch, got {rows} names for {len(value)} rows"
                 )
             return True
     return False
 
 
-def _check_rows_hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], names: Sequence[str]) -> None:
-    _check_rows(names, args, kwargs)
+def _check_rows_hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], rows: int) -> None:
+    check_rows(rows, args, kwargs)
 
 
 def _add_names_hook(

@@ -90,7 +90,10 @@ class RowLayout:
         Raises:
             ValueError: the text is anything else.
         """
-        entries: Any = json.loads(text)
+        try:
+            entries: Any = json.loads(text)
+        except RecursionError:
+            raise ValueError("layout: expected a list of [key, r, scaling], got one too deep to read") from None
         if not isinstance(entries, list):
             raise ValueError(f"layout: expected a list of [key, r, scaling], got {type(entries).__name__}")
         for entry in entries:

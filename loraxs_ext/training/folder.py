@@ -8,7 +8,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -102,22 +102,28 @@ class RunFolder:
         for checkpoint in self._checkpoints():
             shutil.rmtree(checkpoint)
 
-    @contextmanager
-    def new_adapter(self) -> Iterator[Path]:
-        """A folder to save the adapter in, that takes its place as a whole when the block is left without an error."""
-        with tempfile.TemporaryDirectory(prefix=".adapter-", dir=self.path) as scratch:
-            staged = Path(scratch) / "adapter"
-            staged.mkdir()
-            yield staged
-            for file in staged.iterdir():
-                with open(file, "rb") as stream:
-                    os.fsync(stream.fileno())
-            shutil.rmtree(self.adapter, ignore_errors=True)
-            os.rename(staged, self.adapter)
+    def new_adapter(self) -> AbstractContextManager[Path]:
+        """A folder to save the adapter in; see `replaced_folder`."""
+        return replaced_folder(self.adapter)
 
     def _checkpoints(self) -> list[Path]:
         found = [(int(m[1]), p) for p in self.path.iterdir() if (m := _CHECKPOINT.fullmatch(p.name)) and p.is_dir()]
         return [path for _, path in sorted(found)]
+
+
+@contextmanager
+def replaced_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill, that takes the place of `path` as a whole when the block is left without an error."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as scratch:
+        staged = Path(scratch) / path.name
+        staged.mkdir()
+        yield staged
+        for file in staged.iterdir():
+            with open(file, "rb") as stream:
+                os.fsync(stream.fileno())
+        shutil.rmtree(path, ignore_errors=True)
+        os.rename(staged, path)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -15,13 +15,16 @@ WEIGHTS = "adapter_model.safetensors"
 _SAME = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "save_basis")
 
 
-def continue_from(model: PeftModel, folder: str, keep_head: Literal["matching", "all", "none"]) -> list[str]:
+def continue_from(
+    model: PeftModel, folder: str, keep_head: Literal["matching", "all", "none"], *, argument: str = "start_from"
+) -> list[str]:
     """Load R, and what is to be kept of the head, from a saved adapter into the new adapter of `model`.
 
     Args:
         model: with a fresh LoRA-XS adapter named "default".
         folder: of the saved adapter; its basis is verified as whenever an adapter is loaded.
         keep_head: "matching" keeps the tensors whose shapes fit, "all" wants all of them to, "none" keeps none.
+        argument: what messages call the folder.
 
     Returns:
         A line for every tensor of the head that starts afresh.
@@ -32,15 +35,15 @@ def continue_from(model: PeftModel, folder: str, keep_head: Literal["matching", 
     """
     place = Path(folder)
     if not (place / WEIGHTS).is_file():
-        raise FileNotFoundError(f"start_from: expected a folder with {WEIGHTS}, got {folder}")
-    _check_configs(PeftConfig.from_pretrained(folder), model.peft_config["default"], folder)
+        raise FileNotFoundError(f"{argument}: expected a folder with {WEIGHTS}, got {folder}")
+    _check_configs(PeftConfig.from_pretrained(folder), model.peft_config["default"], folder, argument)
     stored = load_file(place / WEIGHTS)
     own = get_peft_model_state_dict(model, save_embedding_layers=False)
     foreign = sorted(name for name in own.keys() ^ stored.keys() if "loraxs_" in name)
     if foreign:
         side = "here" if foreign[0] in own else "there"
         raise ValueError(
-            f"start_from: expected the same target modules, got {folder} and {len(foreign)} tensors that are only on "
+            f"{argument}: expected the same target modules, got {folder} and {len(foreign)} tensors that are only on "
             f"one side, such as {foreign[0]}, only {side}"
         )
     notes = []
@@ -61,15 +64,15 @@ def continue_from(model: PeftModel, folder: str, keep_head: Literal["matching", 
     return notes
 
 
-def _check_configs(old: PeftConfig, new: PeftConfig, folder: str) -> None:
+def _check_configs(old: PeftConfig, new: PeftConfig, folder: str, argument: str) -> None:
     if not isinstance(old, LoraXSConfig):
-        raise ValueError(f"start_from: expected a LoRA-XS adapter, got {old.peft_type} in {folder}")
+        raise ValueError(f"{argument}: expected a LoRA-XS adapter, got {old.peft_type} in {folder}")
     new = cast(LoraXSConfig, new)
     for name in _SAME:
         if getattr(old, name) != getattr(new, name):
             raise ValueError(
-                f"adapter.{name}: expected {getattr(old, name)!r}, as in start_from ({folder}), got "
+                f"adapter.{name}: expected {getattr(old, name)!r}, as in {argument} ({folder}), got "
                 f"{getattr(new, name)!r}"
             )
     if old.recipe() != new.recipe():
-        raise ValueError(f"adapter: expected the basis of start_from ({folder}), {old.recipe()}, got {new.recipe()}")
+        raise ValueError(f"adapter: expected the basis of {argument} ({folder}), {old.recipe()}, got {new.recipe()}")

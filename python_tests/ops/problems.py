@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -103,6 +104,28 @@ def make(
         dy=randn(M, N),
     )
     return problem.to(dtype)
+
+
+def in_slab(pages: Tensor, before: int = 3, after: int = 5) -> Tensor:
+    """The same pages as the rows of a slab hold them: each contiguous, with NaN before and after it."""
+    S, r, _ = pages.shape
+    rows = pages.new_full((S, before + r * r + after), torch.nan)
+    view = rows[:, before : before + r * r].view(S, r, r)
+    return view.copy_(pages)
+
+
+def far_apart(pages: Tensor) -> Tensor:
+    """The same pages in a slab whose last page begins beyond 2^31 numbers; only the pages take up memory.
+
+    Skips the test where so much address space is not to be had.
+    """
+    S, r, _ = pages.shape
+    row = 2**31 // (S - 1) + 8
+    try:
+        rows = torch.empty((S - 1) * row + r * r, dtype=pages.dtype)
+    except RuntimeError as error:
+        pytest.skip(f"no address space for a large slab: {error}")
+    return rows.as_strided((S, r, r), (row, r, 1)).copy_(pages)
 
 
 def naive_linear(p: Problem) -> Tensor:

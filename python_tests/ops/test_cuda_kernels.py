@@ -14,7 +14,7 @@ from torch import Tensor
 from loraxs_ext.ops import reference
 from loraxs_ext.ops.philox import drop_threshold
 
-from .problems import DTYPES, Problem, assert_within_twice, make
+from .problems import DTYPES, Problem, assert_within_twice, far_apart, in_slab, make
 from .simt import COMPILER, build
 
 # AddressSanitizer watches a library only in a process that was started with it: see the last test.
@@ -39,7 +39,7 @@ def run(kernels: ctypes.CDLL, name: str, p: Problem, y: Tensor) -> Tensor:
     """add_delta by the kernel, on a copy of y."""
     out, bt = y.clone(), p.b.mT.contiguous()
     M, K = p.x.shape
-    sizes = torch.tensor([M, K, y.shape[1], p.a.shape[0], p.pages.shape[0]])
+    sizes = torch.tensor([M, K, y.shape[1], p.a.shape[0], p.pages.shape[0], p.pages.stride(0)])
     pointers = [t.data_ptr() if t is not None else None for t in (out, p.x, p.a, bt, p.pages, p.slots, p.rng)]
     getattr(kernels, name)(
         *(ctypes.c_void_p(pointer) for pointer in pointers),
@@ -73,6 +73,14 @@ def test_add_delta_takes_pages_in_fp32(kernels):
     expected, _ = reference.add_delta(exact.dy, exact.x, *exact.low_rank_args())
     plain, _ = reference.add_delta(problem.dy, problem.x, *problem.low_rank_args())
     assert_within_twice(run(kernels, "add_delta_bf16_fp32_pages", problem, problem.dy), plain, expected, "y")
+
+
+@pytest.mark.parametrize("place", [in_slab, far_apart])
+def test_pages_of_a_slab_are_read_where_they_lie(kernels, place):
+    problem = make(SHAPES["two tiles"], torch.bfloat16, slots="mixed")
+    expected = run(kernels, "add_delta_bf16", problem, problem.dy)
+    problem.pages = place(problem.pages)
+    assert torch.equal(run(kernels, "add_delta_bf16", problem, problem.dy), expected)
 
 
 @pytest.mark.skipif(SANITIZE != "undefined", reason="this is the process that the test starts")

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from loraxs_ext.ops import reference
 
-from .problems import DTYPES, Problem, assert_within_twice, make, naive_linear
+from .problems import DTYPES, Problem, assert_within_twice, in_slab, make, naive_linear
 from .simt import build
 
 
@@ -59,10 +59,10 @@ def run(program: Path, capability: int, p: Problem, order: bool = False) -> tupl
     """The plan, y and p of one call; `order` turns around what the hardware may do in any order."""
     M, K, N, r = *p.x.shape, p.b.shape[0], p.a.shape[0]
     header = struct.pack(
-        "11if", p.x.dtype == torch.float16, capability, order, M, N, K, r, p.pages.shape[0],
+        "12if", p.x.dtype == torch.float16, capability, order, M, N, K, r, p.pages.shape[0], p.pages.stride(0),
         p.pages.dtype == torch.float32, p.bias is not None, p.slots is not None, p.scale,
     )  # fmt: skip
-    tensors = (p.x, p.weight, p.bias, p.a, p.b.mT, p.pages, p.slots)
+    tensors = (p.x, p.weight, p.bias, p.a, p.b.mT, _span(p.pages), p.slots)
     payload = b"".join(_bytes(t) for t in tensors if t is not None)
     done = subprocess.run([str(program)], input=header + payload, capture_output=True)
     assert done.returncode == 0, done.stderr.decode()
@@ -72,6 +72,12 @@ def run(program: Path, capability: int, p: Problem, order: bool = False) -> tupl
     y = torch.frombuffer(out, dtype=p.x.dtype, offset=20, count=M * N).reshape(M, N)
     saved = torch.frombuffer(out, dtype=torch.float32, offset=20 + 2 * M * N).reshape(M, r)
     return Plan(*map(bool, plan[:3]), plan[3]), y, saved
+
+
+def _span(pages: Tensor) -> Tensor:
+    """All numbers from the first of the first page to the last of the last."""
+    S, r, _ = pages.shape
+    return pages.as_strided(((S - 1) * pages.stride(0) + r * r,), (1,))
 
 
 def _bytes(t: Tensor) -> bytes:
@@ -102,6 +108,18 @@ def test_fp16_and_pages_in_fp32(program, case, pages):
     problem = make(shape, torch.float32, slots="mixed").to(torch.float16, DTYPES[pages])
     _, y, p = run(program, capability, problem)
     check(problem, y, p)
+
+
+@pytest.mark.parametrize("after", [8, 5], ids=["in eights", "one by one"])
+@pytest.mark.parametrize("pages", ["bf16", "fp32"])
+@pytest.mark.parametrize("case", KERNELS)
+def test_pages_of_a_slab_are_read_where_they_lie(program, case, pages, after):
+    capability, shape, _ = CASES[case]
+    problem = make(shape, torch.float32, slots="mixed").to(torch.bfloat16, DTYPES[pages])
+    _, y, p = run(program, capability, problem)
+    problem.pages = in_slab(problem.pages, before=8, after=after)
+    _, other_y, other_p = run(program, capability, problem)
+    assert torch.equal(y, other_y) and torch.equal(p, other_p)
 
 
 @pytest.mark.parametrize("case", KERNELS)

@@ -1,0 +1,263 @@
+"""Who may read which rows: adapters come into the slab when they are asked for and stay while they are leased."""
+
+from __future__ import annotations
+
+import threading
+import time
+import warnings
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
+from types import TracebackType
+from typing import Any
+
+from .row import RowSource
+from .slab import Slab
+from .transfer import transfer_to
+
+_PREFETCH_THREADS = 2
+
+
+class Lease:
+    """The slots of some adapters, whose rows neither move nor change until `release`. A context manager.
+
+    On a GPU, `release` may come before the computation has ended: the slots are used again after what is queued by
+    then, on the stream that was current at `acquire` and on the one that is current at `release`.
+    """
+
+    def __init__(self, pager: Pager, slots: list[int], held: list[int], before: Any) -> None:
+        self._pager = pager
+        self._slots = slots
+        self._held: list[int] | None = held
+        self._before = before
+
+    @property
+    def slots(self) -> list[int]:
+        """The slot of each name that was asked for, -1 for None.
+
+        Raises:
+            RuntimeError: the lease was released; other adapters may lie in its slots by now.
+        """
+        if self._held is None:
+            raise RuntimeError("the lease was released: its slots may hold other adapters by now")
+        return self._slots
+
+    def release(self) -> None:
+        """Give the slots back. A second call does nothing."""
+        held, self._held = self._held, None
+        if held is not None:
+            self._pager._release(held, self._before)
+
+    def __enter__(self) -> Lease:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+    def __del__(self) -> None:
+        if getattr(self, "_held", None) is not None:
+            warnings.warn("a lease was dropped without release()", ResourceWarning, stacklevel=2)
+            self.release()
+
+
+class Pager:
+    """Brings adapters from a source into the slots of a slab. Threads may share one.
+
+    An adapter in use is never evicted; of the others, superseded versions go first and then the least recently used.
+    Requests that find too few slots wait in line, first come, first served. A thread that already holds a lease
+    should ask for more with a timeout: it may be waiting for itself.
+
+    Args:
+        source: where rows come from; called from several threads, outside every lock.
+        slab: where they go. Nobody else may write into it.
+
+    Raises:
+        ImportError: the compiled part of the package, which holds the slot table, is missing.
+    """
+
+    def __init__(self, source: RowSource, slab: Slab) -> None:
+        self.source = source
+        self.slab = slab
+        self._table = _slot_table(slab.slots)
+        self._transfer = transfer_to(slab)
+        self._pool = ThreadPoolExecutor(_PREFETCH_THREADS, thread_name_prefix="loraxs-prefetch")
+        self._lock = threading.Lock()
+        self._loads = 0
+        self._load_seconds = 0.0
+
+    def acquire(self, names: Sequence[str | None], timeout: float | None = None) -> Lease:
+        """Lease the current versions of these adapters, all or none.
+
+        On a GPU, call it on the stream that will read the rows: that stream waits for them, the host does not.
+
+        Args:
+            names: adapters, each as often as it is needed; None stands for the base model.
+            timeout: seconds to wait for slots and for rows that others are loading; None waits as long as it takes.
+
+        Raises:
+            KeyError: the source has no such adapter.
+            ValueError: more distinct adapters than the slab has slots.
+            TimeoutError: the slots did not become free in time.
+            RuntimeError: an adapter could not be loaded, or the pager is closed.
+        """
+        wanted = list(dict.fromkeys(name for name in names if name is not None))
+        versions = self._versions(wanted)
+        deadline = None if timeout is None else time.monotonic() + timeout
+        held, to_load, loading = self._table.acquire(wanted, versions, timeout)
+        try:
+            if to_load:
+                self._load([wanted[i] for i in to_load], [held[i] for i in to_load])
+            if loading:
+                left = None if deadline is None else max(0.0, deadline - time.monotonic())
+                self._table.wait([held[i] for i in loading], left)
+            before = self._transfer.before_use(held)
+        except BaseException:
+            self._table.release(held)
+            raise
+        slot_of: dict[str | None, int] = dict(zip(wanted, held, strict=True))
+        return Lease(self, [slot_of.get(name, -1) for name in names], held, before)
+
+    def prefetch(self, names: Sequence[str]) -> int:
+        """Begin to load adapters that will be asked for soon, without waiting; returns how many.
+
+        Only free slots and cold ones are taken: neither what is in use or pinned, nor what an earlier prefetch brought
+        and nobody has asked for yet. An adapter that cannot be loaded is reported when it is acquired.
+
+        Raises:
+            KeyError: the source has no such adapter; nothing is loaded then.
+            RuntimeError: the pager is closed.
+        """
+        wanted = list(dict.fromkeys(names))
+        slots, to_load, _ = self._table.prefetch(wanted, self._versions(wanted))
+        # In portions, so that who needs the first need not wait for the last.
+        for begin in range(0, len(to_load), self._transfer.capacity):
+            some = to_load[begin : begin + self._transfer.capacity]
+            self._submit([wanted[i] for i in some], [slots[i] for i in some])
+        return len(to_load)
+
+    def pin(self, names: Sequence[str], timeout: float | None = None) -> None:
+        """Load adapters and keep them, and the versions that replace them once those are asked for; see `acquire`."""
+        with self.acquire(names, timeout):
+            for name in names:
+                self._table.pin(name)
+
+    def unpin(self, names: Sequence[str]) -> None:
+        """Let adapters be evicted again."""
+        for name in names:
+            self._table.unpin(name)
+
+    def stats(self) -> dict[str, int | float]:
+        """Slots (`slots`, `free`, `resident`, `in_use`, `pinned`, `loading`), requests (`hits`, `misses`, `evictions`,
+        `prefetches`, `failures`, `waits`, `wait_seconds`, `timeouts`, `waiting`) and loading (`loads`, `load_seconds`,
+        summed over threads) since the beginning."""
+        with self._lock:
+            return {**self._table.stats(), "loads": self._loads, "load_seconds": self._load_seconds}
+
+    def close(self) -> None:
+        """Wake whoever waits with an error, end the threads and copies. Leases can still be released."""
+        self._table.close()
+        self._pool.shutdown()
+        self._transfer.close()
+
+    def __enter__(self) -> Pager:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _versions(self, names: list[str]) -> list[int]:
+        versions = []
+        for name in names:
+            try:
+                versions.append(self.source.version(name))
+            except KeyError:
+                raise KeyError(f"no adapter {name!r} in the source") from None
+        return versions
+
+    def _load(self, names: list[str], slots: list[int]) -> None:
+        """Fill slots; each is then loaded or failed, whatever happens. Raises the first error."""
+        first: Exception | None = None
+        capacity = self._transfer.capacity
+        for begin in range(0, len(slots), capacity):
+            try:
+                error = self._load_batch(names[begin : begin + capacity], slots[begin : begin + capacity])
+            except BaseException:
+                # No later portion will be tried.
+                if rest := slots[begin + capacity :]:
+                    self._table.failed(rest, "loading was interrupted")
+                raise
+            first = first or error
+        if first is not None:
+            raise first
+
+    def _load_batch(self, names: list[str], slots: list[int]) -> Exception | None:
+        start = time.perf_counter()
+        pending = dict(zip(slots, names, strict=True))
+        versions: dict[int, int] = {}
+        first: Exception | None = None
+        try:
+            with self._transfer.batch() as batch:
+                for slot, name in zip(slots, names, strict=True):
+                    try:
+                        row = self.source.row(name)
+                        batch.put(slot, row)
+                    except Exception as error:
+                        del pending[slot]
+                        self._table.failed([slot], f"adapter {name!r} could not be loaded: {error}")
+                        first = first or _explain(name, error)
+                    else:
+                        versions[slot] = row.version
+            self._table.loaded(list(versions), list(versions.values()))
+            pending.clear()
+        finally:
+            for slot, name in pending.items():
+                self._table.failed([slot], f"adapter {name!r} could not be loaded: loading was interrupted")
+        with self._lock:
+            self._loads += len(versions)
+            self._load_seconds += time.perf_counter() - start
+        return first
+
+    def _submit(self, names: list[str], slots: list[int]) -> None:
+        def work() -> None:
+            try:
+                self._load(names, slots)
+            except Exception:
+                # The slots have failed, the failure is counted, and who asks for the adapter is told the reason.
+                pass
+            finally:
+                self._table.release(slots)
+
+        try:
+            self._pool.submit(work)
+        except RuntimeError:
+            self._table.failed(slots, "the pager was closed")
+            self._table.release(slots)
+            raise
+
+    def _release(self, held: list[int], before: Any) -> None:
+        self._transfer.after_use(held, before)
+        self._table.release(held)
+
+
+def _explain(name: str, error: Exception) -> Exception:
+    """The error of a source with the adapter's name."""
+    if isinstance(error, KeyError):
+        explained: Exception = KeyError(f"no adapter {name!r} in the source")
+    else:
+        explained = RuntimeError(f"adapter {name!r} could not be loaded: {error}")
+    explained.__cause__ = error
+    return explained
+
+
+def _slot_table(slots: int) -> Any:
+    try:
+        return import_module("loraxs_ext._C").SlotTable(slots)
+    except (ImportError, AttributeError) as error:
+        raise ImportError(
+            "Pager needs the compiled part of loraxs_ext, which is missing or older than this file: build it with "
+            f"`pip install --no-build-isolation -e .` ({error})"
+        ) from error
