@@ -22,7 +22,9 @@ from .merge import LOSS_WORTH_A_WARNING, MergeLossWarning, delta_weight, roundin
 from .path import LowRankPath, add_path, draw_rng
 from .probing import straight_through
 from .routing import Route, pad
+from .sharding import is_sharded
 from .stacked import SHARE_ON_CPU
+from .tensor_parallel import Part, add_partial_path, agreed_rng, find_part, local_bias, mesh_group
 
 
 class LoraXSLinear(LoraXSLayer):
@@ -123,8 +125,22 @@ class LoraXSLinear(LoraXSLayer):
             if bias is not None:
                 y = y - bias
         for path in paths:
-            y = add_path(y, x, path)
+            y = self.add(y, x, path)
         return y
+
+    def add(self, y: Tensor, x: Tensor, path: LowRankPath) -> Tensor:
+        """`add_path`, of the part that this process has under tensor parallelism."""
+        part = self.part(x, y)
+        if part is not None:
+            return add_partial_path(y, x, path, part)
+        weight = self.get_base_layer()._parameters.get("weight") if path.p_drop else None
+        return add_path(y, x, path, agreed_rng(x, mesh_group(weight)) if is_sharded(weight) else None)
+
+    def part(self, x: Tensor, y: Tensor) -> Part | None:
+        """What of W the base layer turned x into y with, under tensor parallelism; None for all of it."""
+        if type(y) is Tensor and (y.shape[-1], x.shape[-1]) == (self.out_features, self.in_features):
+            return None
+        return find_part(self.get_base_layer(), self.key, x, y, (self.out_features, self.in_features))
 
     def base_bias(self, y: Tensor) -> Tensor | None:
         """The bias [N] of the base layer in the dtype of y, or None."""
@@ -133,7 +149,7 @@ class LoraXSLinear(LoraXSLayer):
         if bias is not None and bias.is_meta:
             # Offloaded: it is there while the layer is called only.
             bias = base(y.new_zeros(1, self.in_features))[0]
-        return None if bias is None else bias.to(y.dtype)
+        return None if bias is None else local_bias(bias, y).to(y.dtype)
 
     def is_bare(self) -> bool:
         """Whether the base layer is all there is to call: adapters are merged, or disabled (and unmerged here)."""
@@ -175,7 +191,7 @@ class LoraXSLinear(LoraXSLayer):
     def routed_path(self, x: Tensor, route: Route) -> list[LowRankPath]:
         if route.pages is None:
             return []
-        basis = self.get_basis(route.adapter)
+        basis = route.basis_of(self)
         return [LowRankPath(*basis, route.pages, route.per_token(x), route.scale, route.p_drop)]
 
     def get_delta_weight(self, adapter: str) -> Tensor:
@@ -211,6 +227,18 @@ class LoraXSLinear(LoraXSLayer):
         loss = rounding_loss(frozen, delta, self.as_matrix(self.stored_weight()))
         if loss > LOSS_WORTH_A_WARNING:
             warnings.warn(MergeLossWarning(self.key, loss), stacklevel=2)
+
+    def check_mergeable(self) -> None:
+        """Refuse a weight of which this process has a shard.
+
+        Raises:
+            TypeError: there is one.
+        """
+        if is_sharded(getattr(self.get_base_layer(), self.parameter_name, None)):
+            raise TypeError(
+                f"{self.key}: base_layer: expected a complete weight to merge into, got one that is sharded between "
+                f"processes; save the adapter and merge it in one process"
+            )
 
     def unmerge(self) -> None:
         """Put the original weight back."""

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loraxs_ext.layers import BASE, LoraXSLayer, Route
+from loraxs_ext.layers import BASE, LoraXSLayer, Route, following
 from loraxs_ext.peft import LoraXSConfig
 from loraxs_ext.store import Lease, Pager, RowLayout, RowSource, Segment, Slab
 
@@ -219,22 +219,16 @@ class AdapterPool:
                 "model: expected adapters that are neither merged nor disabled, got some; unmerge them first"
             )
         routes = [Route(slots, pages, POOL, exact=True) for pages in self._pages]
-        for layer, route in zip(self.layers, routes, strict=True):
-            route.fused = layer.fused(route)
+        for placed, route in zip(self.layers, routes, strict=True):
+            route.fused = placed.fused(route)
         routes += [Route(slots, None, BASE) for _ in self._others]
-        before = [layer.route for layer in layers]
 
         def assign(new: Tensor) -> None:
             for route in routes:
                 route.slots = new
 
-        try:
-            for layer, route in zip(layers, routes, strict=True):
-                layer.route = route
+        with following(dict(zip(layers, routes, strict=True))):
             yield assign
-        finally:
-            for layer, kept in zip(layers, before, strict=True):
-                layer.route = kept
 
     def _check_slots(self, slots: Tensor) -> Tensor:
         if slots.dtype != torch.int32 or slots.ndim != 1 or slots.device != self.device:

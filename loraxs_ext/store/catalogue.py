@@ -382,8 +382,9 @@ class AdapterStore:
 
 
 def _versioned(key: bytes, version: int) -> bytes:
-    """The key of an older version; a name holds no zero byte."""
-    return b"%b\0%b" % (key, _COUNTER.pack(version)) if 0 <= version < 1 << 64 else key
+    """The key of an older version in the history; a name holds no zero byte."""
+    # What is no version of anything has the key of nothing.
+    return b"%b\0%b" % (key, _COUNTER.pack(version)) if 0 < version < 1 << 64 else b"\0"
 
 
 def _older(txn: Transaction, dbs: dict[str, Database], key: bytes) -> list[int]:

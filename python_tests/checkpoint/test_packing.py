@@ -213,8 +213,12 @@ NAME = "base_model.model.model.layers.0.self_attn.q_proj.loraxs_R."
         ({NAME + "weight": torch.zeros(4, 4, dtype=torch.int32)}, {}, "weight: expected numbers of a known dtype"),
         ({NAME + "weight": torch.zeros(9, 9)}, {}, r"expected R \[r, r\] with r from 1 to 4, got \[9, 9\]"),
         ({NAME + "sketch": torch.zeros(5, 3)}, {}, r"expected a sketch \[5, 4\] of the basis, got \[5, 3\]"),
-        ({NAME + "sketch": torch.full((5, 4), torch.nan)}, {}, "or one that is not finite"),
-        ({"base_model.model.lm_head.weight": torch.zeros(1)}, {}, "expected tensors of R only, .* got .*lm_head.weight"),
+        ({NAME + "sketch": torch.full((5, 4), torch.nan)}, {}, "q_proj: expected finite numbers in the sketch"),
+        (
+            {"base_model.model.lm_head.weight": torch.zeros(1)},
+            {},
+            "expected tensors of R only, .* got .*lm_head.weight",
+        ),
         ({NAME + "v": torch.zeros(5)}, {"use_tinylora": True, "u": 5}, "expected a sketch and a seed"),
         ({}, {"r": -1}, "r: expected a positive integer, got -1"),
         ({}, {"r": "4"}, "r: expected an int, got '4'"),
@@ -232,9 +236,23 @@ def test_damaged_files(made: Folders, tmp_path: Path) -> None:
     folder = rewrite(made.adapter, tmp_path / "bad")
     weights, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
     whole = weights.read_bytes()
-    for data in (b"", whole[:7], whole[:200], whole[:-1], (1 << 62).to_bytes(8, "little") + whole[8:]):
+    length = int.from_bytes(whole[:8], "little")
+    header = json.loads(whole[8 : 8 + length])
+    first, second = list(header)[1:3]
+    lies = [
+        {**header, first: {**header[first], "shape": [1 << 40]}},
+        {**header, first: {**header[first], "shape": [-1, 16]}},
+        {**header, first: {**header[first], "data_offsets": header[second]["data_offsets"]}},
+        {name: entry for name, entry in header.items() if name != first},
+        {**header, first: 3},
+        [],
+    ]
+    texts = [json.dumps(lie).encode() for lie in lies] + [b"[" * 100000, b"\xff{}"]
+    forged = [len(text).to_bytes(8, "little") + text + whole[8 + length :] for text in texts]
+    cut = [b"", whole[:7], whole[:200], whole[:-1], whole + b"\0", (1 << 62).to_bytes(8, "little") + whole[8:]]
+    for data in cut + forged:
         weights.write_bytes(data)
-        with pytest.raises(ValueError, match="expected a whole safetensors file"):
+        with pytest.raises(ValueError, match=f"{folder}: .*expected (a whole safetensors|dtype, shape|.* in the file)"):
             manifest_of(folder)
     weights.write_bytes(whole)
     for text in ("", "[]", "{", "[" * 100000):

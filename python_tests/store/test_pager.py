@@ -291,9 +291,9 @@ def test_a_slab_somewhere_else(source):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_many_threads_with_more_adapters_than_slots(dtype):
-    slots, rounds, threads = 6, 150, 8
+    slots, rounds, threads = 10, 150, 8
     source = MemorySource()
-    names = [f"adapter {i}" for i in range(20)]
+    names = [f"adapter {i}" for i in range(30)]
     failing = threading.Event()
 
     def flaky(name: str) -> None:

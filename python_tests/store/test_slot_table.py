@@ -241,7 +241,7 @@ def test_who_gives_up_lets_the_next_through():
             acquire(table, ("b", 1), ("c", 1), timeout=0.3)
 
     first = in_thread(big)
-    until(lambda: table.stats()["waiting"] == 1)
+    until(lambda: table.stats()["waiting"] == 1 or not first.is_alive())
     in_thread(small)
     assert done.wait(LONG)
     first.join(LONG)
@@ -473,5 +473,5 @@ def test_as_the_model_says(seed):
 @pytest.mark.parametrize("sanitizer", ["thread", "address,undefined"])
 def test_many_threads_under_a_sanitizer(sanitizer, tmp_path):
     program = build("slot_table_stress.cpp", tmp_path / "stress", f"-fsanitize={sanitizer}", "-pthread")
-    result = subprocess.run([program], capture_output=True, text=True, timeout=300)
+    result = subprocess.run([program], capture_output=True, text=True, timeout=120)
     assert (result.returncode, result.stdout) == (0, "ok\n"), result.stderr
