@@ -173,6 +173,22 @@ def test_loraxs_train(results: list[dict[str, Any]], single: dict[str, Any], nam
                 torch.testing.assert_close(tensor, expected[key], rtol=0, atol=1e-4, msg=key)
 
 
+def test_a_classifier_has_the_mean_loss_of_its_rows(
+    results: list[dict[str, Any]], single: dict[str, Any], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over processes, and over accumulated batches."""
+    monkeypatch.setenv("LORAXS_CACHE", str(folder / "cache alone"))
+    together = runs.train(runs.make_run(runs.reviews_run(folder, "together", batch=8)))
+    in_turn = runs.train(runs.make_run(runs.reviews_run(folder, "in turn", batch=4, accumulate=2)))
+    assert together["loss"]["first"] == pytest.approx(0.69, abs=0.05)  # ln 2
+    expected = load_file(Path(together["adapter"]) / WEIGHTS)
+    for run in (results[0]["runs"]["classifier"], in_turn):
+        for when in ("first", "last"):
+            assert run["loss"][when] == pytest.approx(together["loss"][when], rel=1e-4)
+        for key, tensor in load_file(Path(run["adapter"]) / WEIGHTS).items():
+            torch.testing.assert_close(tensor, expected[key], rtol=0, atol=1e-4, msg=key)
+
+
 def test_the_tensor_parallel_example_runs(folder: Path) -> None:
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(WORLD)]
     given = {"model": folder / "llama", "train": folder / "train.jsonl", "output": folder / "example", "epochs": 2}
