@@ -166,6 +166,8 @@ def test_promises_are_judged_in_the_dtype_that_is_fastest_for_the_base():
 
 
 def test_the_tables_name_what_was_not_measured():
-    rows = [generated(8, "bfloat16", 100, 1.1)]
+    rows = [generated(8, "bfloat16", 100, 1.1), generated(1000, "bfloat16", 1000, 0.95)]
+    rows.append(row("generation", provider="PEFT LoRA", adapters=1000, dtype="bfloat16", not_run="why"))
     tables = serving_tables({"rows": rows, "targets": results.judge(rows), "sections": {}})
     assert "| 8 | bfloat16 | 100 | 110 | 1.10 | 1.10 | – |" in tables and "not measured" in tables
+    assert "| 1,000 | bfloat16 | 1000 | 950 | 0.95 | 0.95 | not run |" in tables
