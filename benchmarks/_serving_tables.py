@@ -32,7 +32,7 @@ def tables(result: Mapping[str, Any], table: Table, verdicts: Mapping[bool | Non
                 f"{rate['loraxs']:.0f}",
                 f"{row['ratio']:.2f}",
                 f"{row['decode_ratio']:.2f}",
-                "–" if peer is None else f"{peer['ratio']:.2f}",
+                "–" if peer is None else "not run" if "not_run" in peer else f"{peer['ratio']:.2f}",
             ]
         )
     if lines:

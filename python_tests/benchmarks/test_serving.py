@@ -34,7 +34,7 @@ def adapters() -> RandomAdapters:
 
 def test_smoke_walks_through_every_section_and_reports_no_figure(tmp_path, capsys):
     path, store = tmp_path / "out" / "smoke.json", tmp_path / "store"
-    serving.main(["--smoke", "--output", str(path), "--store", str(store)])
+    assert serving.main(["--smoke", "--output", str(path), "--store", str(store)]) == 0
     result = json.loads(path.read_text())
     assert result["dry_run"] and result["targets"] == []
     assert list(result["sections"]) == list(serving.SECTIONS)
@@ -75,6 +75,24 @@ def test_no_figure_for_rows_with_another_adapter(adapters, pool_class, message):
         batch = workload.prompts(cell.adapters, cell.prompt)
         with pytest.raises(WrongTokens, match=message):
             generation.check(cell, batch, workload.load(torch.float32), pool, adapters.names(cell.adapters))
+
+
+def test_a_section_that_is_wrong_costs_no_other(tmp_path, monkeypatch, capsys):
+    def wrong(*_: object):
+        yield row("generation", provider="loraxs", checked={})
+        raise WrongTokens("why")
+
+    def missing(*_: object):
+        raise catalogue.WrongRow("gone")
+
+    monkeypatch.setattr(generation, "measure", wrong)
+    monkeypatch.setattr(catalogue, "measure_pack", missing)
+    path = tmp_path / "smoke.json"
+    sections = ["generation", "pack", "attach"]
+    assert serving.main(["--smoke", "--only", *sections, "--output", str(path)]) == 1
+    assert [r["section"] for r in json.loads(path.read_text())["rows"]] == ["generation", "attach"]
+    errors = capsys.readouterr().err
+    assert "FAILED generation: why" in errors and "FAILED pack: gone" in errors
 
 
 def test_shortfall_is_zero_for_the_rows_own_tokens_and_large_for_others():
@@ -166,6 +184,8 @@ def test_promises_are_judged_in_the_dtype_that_is_fastest_for_the_base():
 
 
 def test_the_tables_name_what_was_not_measured():
-    rows = [generated(8, "bfloat16", 100, 1.1)]
+    rows = [generated(8, "bfloat16", 100, 1.1), generated(1000, "bfloat16", 1000, 0.95)]
+    rows.append(row("generation", provider="PEFT LoRA", adapters=1000, dtype="bfloat16", not_run="why"))
     tables = serving_tables({"rows": rows, "targets": results.judge(rows), "sections": {}})
     assert "| 8 | bfloat16 | 100 | 110 | 1.10 | 1.10 | – |" in tables and "not measured" in tables
+    assert "| 1,000 | bfloat16 | 1000 | 950 | 0.95 | 0.95 | not run |" in tables
