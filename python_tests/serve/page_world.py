@@ -31,6 +31,7 @@ class World:
     adapters: list[str] = field(default_factory=lambda: ["alice", "alan", "bob"])
     key: str | None = None
     chat: bool = True
+    ready: bool = True
     broken: bool = False
     # Clear, answers stop after their first piece.
     flowing: threading.Event = field(default_factory=threading.Event)
@@ -49,23 +50,25 @@ class World:
         return [f"{model} ", "says\n", f"«{prompt}» ", "ünïcode ", *(f"{n} " for n in range(20))]
 
     def state(self) -> dict:
-        slots = {"total": 16, "in_use": 2, "pinned": 1, "resident": 5}
-        times = {"p50": 0.25, "p99": 1.5} if self.finished else {"p50": None, "p99": None}
+        fast, slow = (0.25, 1.5) if self.finished else (None, None)
         return {
             "model": MODEL,
             "chat": self.chat,
-            "adapters": len(self.adapters),
-            "store_bytes": 12_300_000,
-            "slots": slots,
+            "ready": self.ready,
+            "uptime_seconds": time.monotonic() - self.began,
+            "context": 512,
+            "store": {"adapters": len(self.adapters), "bytes": 12_300_000},
+            "slots": {"slots": 16, "free": 11, "resident": 5, "in_use": 2, "pinned": 1},
             "hits": self.hits,
             "misses": self.misses,
-            "evictions": 0,
-            "waits": 0,
-            "requests": {"running": 0, "queued": 0, "finished": self.finished, "failed": 0},
-            "tokens": self.tokens,
-            "uptime_seconds": time.monotonic() - self.began,
-            "latency_seconds": times,
-            "first_token_seconds": times,
+            "hit_rate": self.hits / max(1, self.hits + self.misses),
+            "evictions": 1,
+            "running": 0,
+            "waiting": 0,
+            "queue_limit": 1024,
+            "latency_p50": fast,
+            "latency_p99": slow,
+            "tokens_per_second": self.tokens / 10,
         }
 
     def application(self) -> Starlette:

@@ -35,6 +35,7 @@ export async function* stream(path, body, signal) {
 }
 
 async function call(path, options) {
+  if (!/^[!-~]*$/.test(key)) throw new ApiError(401, "An API key has neither spaces nor letters beyond ASCII.");
   const headers = { ...options.headers };
   if (key) headers.Authorization = `Bearer ${key}`;
   let response;

@@ -1,6 +1,6 @@
 // One answer beside others: the name of an adapter, its text as it comes, and how fast it came.
 
-import { seconds } from "./figures.js";
+import { plural, seconds } from "./figures.js";
 
 export class Column {
   /**
@@ -50,7 +50,7 @@ export class Column {
           this.output.append(piece);
         }
         tokens = count ?? tokens;
-        if (reason === "length") this.output.append(node("span", "cut", " … cut at the limit"));
+        if (reason === "length") this.output.append(node("span", "aside", " … cut at the limit"));
       }
     } catch (error) {
       // A later run of this column took over.
@@ -64,9 +64,10 @@ export class Column {
       this.state("stopped");
       return false;
     }
+    if (!this.text) this.output.append(node("span", "aside", "an empty answer"));
     const parts = [`${seconds(elapsed())}`];
     if (first !== null) parts.push(`first token after ${seconds(first)}`);
-    if (tokens !== null) parts.unshift(`${tokens} tokens`);
+    if (tokens !== null) parts.unshift(`${tokens} ${plural(tokens, "token")}`);
     this.note.textContent = parts.join(", ");
     this.state("done");
     return true;

@@ -1,4 +1,4 @@
-// The live figures: what the server counts since its start, and the rates between two looks at it.
+// The live figures, from one look at the server after the other.
 
 import { Chart } from "./chart.js";
 
@@ -10,52 +10,34 @@ export class Figures {
   constructor() {
     this.seen = []; // States of the last minute, oldest first.
     this.tokens = new Chart(byId("token-chart"), { what: "Tokens per second", lines: 1, format: rate });
-    this.latency = new Chart(byId("latency-chart"), { what: "Latency, median and p99", lines: 2, format: seconds });
+    this.latency = new Chart(byId("latency-chart"), { what: "Latency, p50 and p99", lines: 2, format: seconds });
   }
 
   show(state) {
-    const before = this.seen.at(-1);
-    if (before && state.uptime_seconds < before.uptime_seconds) this.restarted();
+    if (state.uptime_seconds < this.seen.at(-1)?.uptime_seconds) this.restarted();
     this.seen.push(state);
     while (state.uptime_seconds - this.seen[0].uptime_seconds > MINUTE) this.seen.shift();
 
     say("model", state.model);
     document.title = `${state.model} · LoRA-XS server`;
-    this.showSpeed(state);
+    this.tokens.add([state.tokens_per_second]);
+    say("token-rate", rate(state.tokens_per_second));
+    this.latency.add([state.latency_p50, state.latency_p99]);
+    say("latency-p50", seconds(state.latency_p50));
+    say("latency-p99", seconds(state.latency_p99));
     this.showHits(state);
-    showSlots(state.slots, state.evictions, state.waits);
-    say("adapters", `${number.format(state.adapters)} ${plural(state.adapters, "adapter")}`);
-    say("store-size", `${bytes(state.store_bytes)} on disk`);
-    say("store-note", state.adapters ? `${bytes(state.store_bytes / state.adapters)} each` : "");
-    const { running, queued, finished, failed } = state.requests;
-    say("requests", `${number.format(running)} running`);
-    say("requests-queue", `${number.format(queued)} waiting for their turn`);
-    say("requests-note", `${number.format(finished)} finished, ${number.format(failed)} failed`);
+    showSlots(state);
+    showStore(state.store);
+    say("requests", `${number.format(state.running)} running`);
+    say("waiting", `${number.format(state.waiting)} waiting, ${number.format(state.queue_limit)} at most`);
+    say("uptime", `up for ${duration(state.uptime_seconds)}`);
   }
 
-  showSpeed(state) {
-    const perSecond = this.between(state, "tokens", this.seen.at(-2));
-    const { p50, p99 } = state.latency_seconds;
-    const first = state.first_token_seconds;
-    if (perSecond !== null) this.tokens.add([perSecond]);
-    this.latency.add([p50, p99]);
-    say("token-rate", perSecond === null ? "–" : rate(perSecond));
-    say("token-note", `${number.format(state.tokens)} tokens in ${duration(state.uptime_seconds)}`);
-    say("latency-p50", seconds(p50));
-    say("latency-p99", seconds(p99));
-    say("latency-note", `first token ${seconds(first.p50)} p50, ${seconds(first.p99)} p99`);
-  }
-
-  showHits(state) {
+  showHits({ hits, misses }) {
     const oldest = this.seen[0];
-    say("hit-rate", share(state.hits, state.misses));
-    say("hit-recent", `${share(state.hits - oldest.hits, state.misses - oldest.misses)} in the last minute`);
-    say("hit-note", `${number.format(state.hits)} hits, ${number.format(state.misses)} misses`);
-  }
-
-  between(state, name, before) {
-    const elapsed = before ? state.uptime_seconds - before.uptime_seconds : 0;
-    return elapsed > 0 ? (state[name] - before[name]) / elapsed : null;
+    say("hit-rate", share(hits, misses));
+    say("hit-recent", `${share(hits - oldest.hits, misses - oldest.misses)} in the last minute`);
+    say("hit-note", `${number.format(hits)} hits, ${number.format(misses)} misses`);
   }
 
   restarted() {
@@ -65,15 +47,18 @@ export class Figures {
   }
 }
 
-function showSlots({ total, in_use, pinned, resident }, evictions, waits) {
-  say("slots", `${number.format(resident)} of ${number.format(total)} filled`);
-  byId("slots-used").style.width = `${(100 * in_use) / total}%`;
-  byId("slots-idle").style.width = `${(100 * Math.max(0, resident - in_use)) / total}%`;
-  say(
-    "slots-note",
-    `${number.format(in_use)} in use, ${number.format(pinned)} pinned; ` +
-      `${number.format(evictions)} evictions, ${number.format(waits)} waits`,
-  );
+function showSlots({ slots: { slots, resident, in_use, pinned }, evictions }) {
+  say("slots", `${number.format(resident)} of ${number.format(slots)}`);
+  byId("slots-used").style.width = `${(100 * in_use) / slots}%`;
+  byId("slots-idle").style.width = `${(100 * (resident - in_use)) / slots}%`;
+  say("slots-note", `${number.format(in_use)} in use, ${number.format(pinned)} pinned`);
+  say("evictions", `${number.format(evictions)} ${plural(evictions, "eviction")}`);
+}
+
+function showStore({ adapters, bytes }) {
+  say("adapters", `${number.format(adapters)} ${plural(adapters, "adapter")}`);
+  say("store-size", `${size(bytes)} on disk`);
+  say("store-note", adapters ? `${size(bytes / adapters)} each` : "");
 }
 
 const byId = (id) => document.getElementById(id);
@@ -82,7 +67,7 @@ function say(id, text) {
   byId(id).textContent = text || "\u00a0"; // A line that is empty for now keeps its height.
 }
 
-const plural = (count, noun) => (count === 1 ? noun : `${noun}s`);
+export const plural = (count, noun) => (count === 1 ? noun : `${noun}s`);
 
 const rate = (value) => short.format(value);
 
@@ -106,7 +91,7 @@ function duration(value) {
   return parts.slice(first < 0 ? -1 : first).slice(0, 2).map(([count, unit]) => `${count} ${unit}`).join(" ");
 }
 
-function bytes(value) {
+function size(value) {
   const units = ["B", "kB", "MB", "GB", "TB"];
   let unit = 0;
   while (value >= 1000 && unit < units.length - 1) {

@@ -18,7 +18,8 @@ async function look() {
     const state = await getJson("api/state", AbortSignal.timeout(PATIENCE));
     figures.show(state);
     playground.know(state);
-    status("live", "Live");
+    if (state.ready) status("live", "Live");
+    else status("lost", "The server is ending: it takes no new requests.");
   } catch (error) {
     if (error.status === 401) {
       askForKey();

@@ -34,9 +34,10 @@ export class Playground {
     byId("stop").addEventListener("click", () => this.columns.forEach((column) => column.abort()));
   }
 
-  /** @param state of the server: which model it has, and whether prompts are chats */
-  know({ model, chat }) {
+  /** @param state of the server: its model, whether prompts are chats, how many tokens it takes */
+  know({ model, chat, context }) {
     this.model = model;
+    byId("max-tokens").max = context;
     this.chat = chat;
   }
 
