@@ -19,7 +19,7 @@ import torch
 
 from . import __version__, ops
 from .basis.cache import cache_directory
-from .commands import advise, evaluate, export, import_, init, merge, pack, store, train
+from .commands import advise, evaluate, export, import_, init, merge, pack, serve, store, train
 
 REQUIRED = ("torch", "numpy", "safetensors", "transformers", "peft", "tqdm")
 OPTIONAL = ("triton", "accelerate")
@@ -224,6 +224,7 @@ COMMANDS = {
     "import": Command(import_.HELP, import_.add_arguments, import_.run),
     "pack": Command(pack.HELP, pack.add_arguments, pack.run),
     "store": Command(store.HELP, store.add_arguments, store.run),
+    "serve": Command(serve.HELP, serve.add_arguments, serve.run),
     "doctor": Command("print versions, devices and who computes each op", _doctor_arguments, _doctor),
 }
 
