@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from importlib.resources import files
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from starlette.requests import Request
+    from starlette.responses import Response
     from starlette.routing import Route
 
 _KINDS = {
@@ -41,11 +44,10 @@ def page_routes() -> list[Route]:
     return [Route(path, _serving((room / name).read_bytes(), kinds[name])) for path, name in paths.items()]
 
 
-def _serving(content: bytes, kind: str):
-    from starlette.requests import Request
+def _serving(content: bytes, kind: str) -> Callable[[Request], Awaitable[Response]]:
     from starlette.responses import Response
 
-    async def serve(_request: Request) -> Response:
+    async def page(_: Request) -> Response:
         return Response(content, headers=_HEADERS, media_type=kind)
 
-    return serve
+    return page

@@ -5,22 +5,15 @@ import { plural, seconds } from "./figures.js";
 export class Column {
   /**
    * @param adapter its name, or null for the base model
-   * @param remove called when its button is pressed
+   * @param remove called when its button is pressed; without it there is none
    */
   constructor(adapter, remove) {
     this.adapter = adapter;
     this.text = "";
     this.name = adapter ?? "base model";
-    const title = node("h3", "", this.name);
-    const button = node("button", "quiet", "×");
-    button.type = "button";
-    button.setAttribute("aria-label", `Remove ${this.name}`);
-    button.addEventListener("click", () => {
-      this.abort();
-      remove();
-    });
     const head = node("header");
-    head.append(title, button);
+    head.append(node("h3", "", this.name));
+    if (remove) head.append(this.removal(remove));
     this.output = node("p", "output");
     this.problem = node("p", "problem");
     this.problem.setAttribute("role", "alert");
@@ -29,6 +22,17 @@ export class Column {
     this.element.setAttribute("aria-label", this.name);
     this.element.dataset.state = "empty";
     this.element.append(head, this.output, this.problem, this.note);
+  }
+
+  removal(remove) {
+    const button = node("button", "quiet", "×");
+    button.type = "button";
+    button.setAttribute("aria-label", `Remove ${this.name}`);
+    button.addEventListener("click", () => {
+      this.abort();
+      remove();
+    });
+    return button;
   }
 
   /** Show an answer while it comes; true if it came to its end. */

@@ -61,7 +61,7 @@ export class Playground {
 
   add(adapter) {
     if (this.columns.length >= MOST_COLUMNS) return this.say(`At most ${MOST_COLUMNS} side by side; remove one first.`);
-    const column = new Column(adapter, () => this.remove(column));
+    const column = new Column(adapter, adapter === null ? null : () => this.remove(column));
     this.columns.push(column);
     byId("columns").append(column.element);
     this.say("");
@@ -75,7 +75,6 @@ export class Playground {
 
   async answer() {
     if (this.model === null) return this.say("The server has not said yet which model it has.");
-    if (!this.columns.length) return this.say("Add an adapter first.");
     const asked = {
       prompt: byId("prompt").value,
       most: byId("max-tokens").valueAsNumber,
@@ -86,10 +85,8 @@ export class Playground {
     this.running(true);
     this.say(`Answering: ${columns.length} side by side.`);
     const ended = await Promise.all(columns.map((column) => column.run((name, signal) => this.ask(name, asked, signal))));
-    const base = columns.find((column, at) => column.adapter === null && ended[at]);
-    columns.forEach((column, at) => {
-      if (base && column !== base && ended[at]) column.compare(base);
-    });
+    const [base, ...others] = columns.filter((_, at) => ended[at]);
+    if (base?.adapter === null) others.forEach((column) => column.compare(base));
     const time = ((performance.now() - began) / 1000).toFixed(1);
     this.say(`${ended.filter(Boolean).length} of ${columns.length} answered in ${time} s.`);
     this.running(false);
