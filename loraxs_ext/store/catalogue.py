@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -149,9 +149,18 @@ class AdapterStore:
         Raises:
             KeyError: there is none.
         """
-        key = encode_name(name)
+        return self.current_versions([name])[0]
+
+    def current_versions(self, names: Sequence[str]) -> list[int]:
+        """`version` of several adapters, in one state of the store.
+
+        Raises:
+            KeyError: one of them is not there.
+        """
+        keys = [encode_name(name) for name in names]
         with self._environment.reading() as (txn, dbs):
-            return version_of(self._found(name, txn.get(key, db=dbs["adapters"])))
+            records = [txn.get(key, db=dbs["adapters"]) for key in keys]
+            return [version_of(self._found(name, record)) for name, record in zip(names, records, strict=True)]
 
     def row(self, name: str, version: int | None = None) -> AdapterRow:
         """The adapter; its numbers are a copy and stay valid.

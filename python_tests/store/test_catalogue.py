@@ -76,6 +76,14 @@ def test_versions_count_up_through_replacement_deletion_and_return(store: Adapte
     assert store.put_many([stores.row("alice"), stores.row("alice")]) == [5, 6]
 
 
+def test_versions_of_several_adapters_at_once(store: AdapterStore) -> None:
+    store.put_many([stores.row(name) for name in ("alice", "bob", "alice")])
+    assert store.current_versions(["bob", "alice", "bob"]) == [1, 2, 1]
+    assert store.current_versions([]) == []
+    with pytest.raises(KeyError, match="no adapter 'carol'"):
+        store.current_versions(["alice", "carol"])
+
+
 def test_only_the_current_version_is_kept_by_default(store: AdapterStore) -> None:
     store.put(stores.row("alice", 1))
     store.put(stores.row("alice", 2))
