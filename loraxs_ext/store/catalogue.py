@@ -12,7 +12,7 @@ from .environment import Database, Environment, Transaction
 from .folder import new_folder
 from .layout import RowLayout
 from .manifest import Manifest
-from .names import encode_name
+from .names import encode_name, encode_text
 from .record import DamagedRecord, Draft, decode, encode, version_of
 from .row import AdapterRow
 from .upkeep import Statistics, check, statistics
@@ -208,8 +208,11 @@ class AdapterStore:
             prefix: only names that begin with it.
             after: only names beyond this one, to go on where an earlier call stopped.
             limit: at most so many.
+
+        Raises:
+            ValueError: `prefix` or `after` is not text that UTF-8 can hold.
         """
-        start, position = prefix.encode(), None if after is None else after.encode()
+        start, position = encode_text("prefix", prefix), None if after is None else encode_text("after", after)
         left = limit
         while left is None or left > 0:
             size = _PAGE if left is None else min(left, _PAGE)
