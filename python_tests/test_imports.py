@@ -166,3 +166,8 @@ def test_import_does_not_initialise_cuda() -> None:
     trap = "import torch; torch.cuda._lazy_init = lambda: 1 / 0"
     imports = "import loraxs_ext, loraxs_ext.peft, loraxs_ext.store, loraxs_ext.serve, loraxs_ext.cli"
     assert run_python(f"{trap}; {imports}; print(torch.cuda.is_initialized())") == "False"
+
+
+def test_import_does_not_bring_lmdb() -> None:
+    # A base install has none; the error that names the extra comes when a store is opened.
+    assert run_python("import sys, loraxs_ext.store, loraxs_ext.cli; print('lmdb' in sys.modules)") == "False"

@@ -1,10 +1,15 @@
-"""The R matrices of an adapter folder, read without its base model."""
+"""The R matrices of an adapter folder, read without its base model.
+
+Of many folders alike, each after the first takes a fraction of a millisecond: what a header says is worked out once.
+"""
 
 from __future__ import annotations
 
 import functools
 import json
 import math
+import os
+import re
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -12,34 +17,27 @@ from typing import Any, NamedTuple
 
 import torch
 from peft.utils.other import get_pattern_key
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from loraxs_ext.layers import group_of
 from loraxs_ext.layers.tiny import draw_projections
 from loraxs_ext.peft import LoraXSConfig
+from loraxs_ext.store import RowLayout, Segment
 
 from .streaming import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_adapter_config
 
 PREFIX = "base_model.model."
+SKETCH_ROWS = 5
 _CORE = ".loraxs_R."
-_FLOATS = {"F64", "F32", "F16", "BF16"}
-# What the basis was, and v's seed: the parts of a core that are not trained.
-_BESIDE_R = {"sketch", "a", "bt", "seed", "projections"}
-
-
-class AdapterCore(NamedTuple):
-    """What a folder says about one module.
-
-    Attributes:
-        R: [r, r] as trained; fp32 for a TinyLoRA.
-        sketch: fp32 [5, r] of the basis that R belongs to.
-        scaling: s, alpha / r or alpha / √r with the configured r.
-    """
-
-    R: Tensor
-    sketch: Tensor
-    scaling: float
+_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_SEEDS = {"I64": torch.int64}
+_PARTS = {"weight", "v", "sketch", "a", "bt", "seed", "projections"}
+_HEADER_LIMIT = 1 << 25
+_MAX_DIMENSIONS = 8
+# Of the P of a TinyLoRA module, which a few bytes of a file can ask for: 256 MB.
+_MAX_DRAWN = 1 << 26
+# JSON has whole numbers that no float holds.
+_MAX_ALPHA = 1e30
 
 
 class AdapterFolder(NamedTuple):
@@ -47,11 +45,45 @@ class AdapterFolder(NamedTuple):
 
     Attributes:
         config: of the adapter.
-        cores: by module key, sorted.
+        layout: its modules by name, with the scaling alpha / r or alpha / √r of the configured r.
+        numbers: [layout.size], R of all modules as trained; of a TinyLoRA, the R that v stands for.
+        sketches: fp32, the sketches [5, r] of the bases that they belong to, end to end.
     """
 
     config: LoraXSConfig
-    cores: dict[str, AdapterCore]
+    layout: RowLayout
+    numbers: Tensor
+    sketches: Tensor
+
+
+class _Part(NamedTuple):
+    """Where a tensor lies behind the header."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    begin: int
+
+    def read(self, data: bytearray) -> Tensor:
+        count = math.prod(self.shape)
+        # torch refuses to look at nothing.
+        flat = torch.frombuffer(data, dtype=self.dtype, count=count, offset=self.begin) if count else torch.empty(0)
+        return flat.view(self.shape)
+
+
+class _Plan(NamedTuple):
+    """How the files with one header are read.
+
+    Attributes:
+        modules: parts by module key.
+        layout: of the row.
+        matrices, sketches: dtype, and the position of every number in the data as an array of that dtype; None where
+            they are of several dtypes, not aligned, or no tensors of the file.
+    """
+
+    modules: dict[str, dict[str, _Part]]
+    layout: RowLayout
+    matrices: tuple[torch.dtype, Tensor] | None
+    sketches: tuple[torch.dtype, Tensor] | None
 
 
 def read_adapter_folder(folder: Path) -> AdapterFolder:
@@ -62,37 +94,26 @@ def read_adapter_folder(folder: Path) -> AdapterFolder:
         ValueError or TypeError: the folder is damaged, holds another kind of adapter, or something beside R that a row
             of R's cannot say (magnitudes, heads, biases, tokens, stacks of experts); says which.
     """
-    config = _config(json.dumps(read_adapter_config(folder), sort_keys=True))
-    _refuse_more_than_r(folder, config)
-    tensors = _read(folder / ADAPTER_WEIGHTS)
-    modules: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        key, _, part = name.removeprefix(PREFIX).partition(_CORE)
-        modules.setdefault(key, {})[part] = tensor
-    matrices = _tiny_matrices(folder, config, modules) if config.use_tinylora else _matrices(folder, modules)
-    cores = {}
-    for key in sorted(modules):
-        sketch, R = modules[key].get("sketch"), matrices[key]
-        r = _pattern(config.rank_pattern, key, config.r)
-        if R.ndim != 2 or R.shape[0] != R.shape[1] or not 1 <= R.shape[0] <= r:
-            raise ValueError(f"{folder}: {key}: expected R [r, r] with r from 1 to {r}, got {list(R.shape)}")
-        if sketch is None or sketch.shape != (5, len(R)) or not sketch.isfinite().all():
-            got = "none" if sketch is None else f"{list(sketch.shape)}, or one that is not finite"
-            raise ValueError(f"{folder}: {key}: expected a sketch [5, {len(R)}] of the basis, got {got}")
-        if not R.isfinite().all():
-            raise ValueError(f"{folder}: {key}: expected finite numbers in R, got NaN or infinity")
-        alpha = _pattern(config.alpha_pattern, key, config.lora_alpha)
-        cores[key] = AdapterCore(R, sketch.float(), alpha / (math.sqrt(r) if config.use_rslora else r))
-    return AdapterFolder(config, cores)
-
-
-@functools.lru_cache(maxsize=64)
-def _config(text: str) -> LoraXSConfig:
-    """The configuration with these fields; of a million adapters, most have the same."""
-    values: dict[str, Any] = json.loads(text)
-    if values.get("peft_type") != "LORAXS":
-        raise ValueError(f"{ADAPTER_CONFIG}: peft_type: expected 'LORAXS', got {values.get('peft_type')!r}")
-    return config_of(values)
+    text = json.dumps(read_adapter_config(folder), sort_keys=True)
+    try:
+        config = _config(text)
+        with (folder / ADAPTER_WEIGHTS).open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            length = int.from_bytes(file.read(8), "little")
+            if not 2 <= length <= min(_HEADER_LIMIT, size - 8):
+                raise ValueError(f"expected a whole safetensors file, got {size} bytes that claim a header of {length}")
+            size -= 8 + length
+            plan = _plan(file.read(length), size, text)
+            data = bytearray(size)
+            if file.readinto(data) != size:
+                raise ValueError(f"expected a whole safetensors file, got one cut off within {size} bytes")
+        numbers = _tiny_matrices(config, plan, data) if config.use_tinylora else _gather(plan, data, "weight")
+        sketches = _gather(plan, data, "sketch").float()
+        _check_finite(plan.layout, "R", numbers, [r * r for _, r, _ in plan.layout.segments])
+        _check_finite(plan.layout, "the sketch", sketches, [SKETCH_ROWS * r for _, r, _ in plan.layout.segments])
+    except (ValueError, TypeError) as reason:
+        raise type(reason)(f"{folder}: {reason}") from None
+    return AdapterFolder(config, plan.layout, numbers, sketches)
 
 
 def config_of(values: Mapping[str, Any]) -> LoraXSConfig:
@@ -101,7 +122,16 @@ def config_of(values: Mapping[str, Any]) -> LoraXSConfig:
     return LoraXSConfig(**{name: value for name, value in values.items() if name in known})
 
 
-def _refuse_more_than_r(folder: Path, config: LoraXSConfig) -> None:
+# Of a million adapters, most have the same configuration, and the same header.
+@functools.lru_cache(maxsize=64)
+def _config(text: str) -> LoraXSConfig:
+    values: dict[str, Any] = json.loads(text)
+    if values.get("peft_type") != "LORAXS":
+        raise ValueError(f"{ADAPTER_CONFIG}: peft_type: expected 'LORAXS', got {values.get('peft_type')!r}")
+    for field in ("rank_pattern", "alpha_pattern"):
+        _check_pattern(field, values.get(field) or {})
+    _check_number("lora_alpha", values.get("lora_alpha", 1))
+    config = config_of(values)
     for what, present in {
         "magnitudes (use_edora)": config.use_edora,
         f"biases (bias={config.bias!r})": config.bias != "none",
@@ -110,60 +140,165 @@ def _refuse_more_than_r(folder: Path, config: LoraXSConfig) -> None:
         "stacks of experts (target_parameters)": bool(config.target_parameters),
     }.items():
         if present:
-            raise ValueError(f"{folder}: expected an adapter of nothing but R, got one that also trains {what}")
+            raise ValueError(f"expected an adapter of nothing but R, got one that also trains {what}")
+    return config
 
 
-def _read(path: Path) -> dict[str, Tensor]:
-    """The tensors of cores, except for bases that are kept with them."""
+def _check_pattern(field: str, pattern: object) -> None:
+    """Refuse what is no mapping from regular expressions to numbers."""
+    if not isinstance(pattern, dict):
+        raise ValueError(f"{ADAPTER_CONFIG}: {field}: expected an object of numbers by name, got {pattern!r:.100}")
+    for name, value in pattern.items():
+        try:
+            re.compile(name)
+        except re.error as reason:
+            raise ValueError(
+                f"{ADAPTER_CONFIG}: {field}: expected regular expressions, got {name!r:.100}: {reason}"
+            ) from None
+        _check_number(f"{field}: {name}", value)
+
+
+def _check_number(field: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < _MAX_ALPHA:
+        raise ValueError(f"{ADAPTER_CONFIG}: {field}: expected a finite number, got {value!r:.100}")
+
+
+@functools.lru_cache(maxsize=8)
+def _plan(header: bytes, size: int, text: str) -> _Plan:
+    """How to read the files with this header, `size` bytes of data behind it and this configuration."""
+    config, modules = _config(text), _modules(header, size)
+    segments = []
+    for key in sorted(modules):
+        most = _pattern(config.rank_pattern, key, config.r)
+        alpha = _pattern(config.alpha_pattern, key, config.lora_alpha)
+        scaling = alpha / (math.sqrt(most) if config.use_rslora else most)
+        segments.append(Segment(key, _rank(key, modules[key], most, config.use_tinylora), scaling))
+    layout = RowLayout(segments)
+    ordered = [modules[key] for key, _, _ in segments]
+    matrices = None if config.use_tinylora else _positions([parts["weight"] for parts in ordered])
+    return _Plan(modules, layout, matrices, _positions([parts["sketch"] for parts in ordered]))
+
+
+def _rank(key: str, parts: Mapping[str, _Part], most: int, tiny: bool) -> int:
+    """r of a module, at most the configured one: of R, or of a TinyLoRA's sketch."""
+    sketch = parts["sketch"].shape if "sketch" in parts else ()
+    if tiny:
+        r = sketch[-1] if sketch else 0
+    else:
+        shape = parts["weight"].shape if "weight" in parts else ()
+        r = shape[0] if shape else 0
+        if shape != (r, r) or not 1 <= r <= most:
+            raise ValueError(f"{key}: expected R [r, r] with r from 1 to {most}, got {list(shape)}")
+    if sketch != (SKETCH_ROWS, r) or not 1 <= r <= most:
+        raise ValueError(f"{key}: expected a sketch [{SKETCH_ROWS}, {r or most}] of the basis, got {list(sketch)}")
+    return r
+
+
+def _modules(header: bytes, size: int) -> dict[str, dict[str, _Part]]:
+    """The tensors of cores, by module and part; they account for every byte of the data."""
     try:
-        # The library compares the header with the size of the file before it allocates.
-        with safe_open(path, framework="pt") as file:
-            names = list(file.keys())
-            for name in names:
-                key, found, part = name.removeprefix(PREFIX).partition(_CORE)
-                if not name.startswith(PREFIX) or not found or part not in _BESIDE_R | {"weight", "v"}:
-                    raise ValueError(f"{path}: expected tensors of R only, named {PREFIX}…{_CORE}…, got {name}")
-                kind = file.get_slice(name).get_dtype()
-                if kind not in ({"I64"} if part == "seed" else _FLOATS):
-                    raise ValueError(f"{path}: {name}: expected numbers of a known dtype, got {kind}")
-            if not names:
-                raise ValueError(f"{path}: expected an R for every module, got none")
-            return {name: file.get_tensor(name) for name in names if not name.endswith((f"{_CORE}a", f"{_CORE}bt"))}
-    except SafetensorError as reason:
-        raise ValueError(f"{path}: expected a whole safetensors file, got: {reason}") from None
+        entries = json.loads(header)
+    except (ValueError, RecursionError):
+        entries = None
+    if not isinstance(entries, dict):
+        raise ValueError("expected a whole safetensors file, got one whose header is no JSON object")
+    entries.pop("__metadata__", None)
+    modules: dict[str, dict[str, _Part]] = {}
+    spans = []
+    for name, entry in entries.items():
+        key, found, part = name.removeprefix(PREFIX).partition(_CORE)
+        if not name.startswith(PREFIX) or not found or part not in _PARTS:
+            raise ValueError(f"expected tensors of R only, named {PREFIX}…{_CORE}…, got {name}")
+        kind, shape, (begin, end) = _entry(name, entry)
+        dtype = (_SEEDS if part == "seed" else _FLOATS).get(kind)
+        if dtype is None:
+            raise ValueError(f"{name}: expected numbers of a known dtype, got {kind}")
+        if end - begin != dtype.itemsize * math.prod(shape):
+            raise ValueError(f"{name}: expected {shape} of {dtype} in the file, got the bytes {begin} to {end}")
+        modules.setdefault(key, {})[part] = _Part(dtype, shape, begin)
+        spans.append((begin, end))
+    if not spans:
+        raise ValueError("expected an R for every module, got none")
+    position = 0
+    for begin, end in sorted(spans):
+        if begin != position:
+            raise ValueError(f"expected a whole safetensors file, got a hole or an overlap at byte {position}")
+        position = end
+    if position != size:
+        raise ValueError(f"expected a whole safetensors file of {position} bytes behind its header, got {size}")
+    return modules
 
 
-def _matrices(folder: Path, modules: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    for key, parts in modules.items():
-        if "weight" not in parts:
-            raise ValueError(f"{folder}: {key}: expected an R, got only {sorted(parts)}")
-    return {key: parts["weight"] for key, parts in modules.items()}
+def _entry(name: str, entry: object) -> tuple[str, tuple[int, ...], tuple[int, int]]:
+    """dtype, shape, and where it begins and ends."""
+    values = entry if isinstance(entry, dict) else {}
+    lists = [values.get("shape"), values.get("data_offsets")]
+    whole = all(isinstance(x, list) and all(type(n) is int and 0 <= n < 1 << 48 for n in x) for x in lists)
+    if (
+        not whole
+        or len(values["data_offsets"]) != 2
+        or len(values["shape"]) > _MAX_DIMENSIONS
+        or not isinstance(values.get("dtype"), str)
+    ):
+        raise ValueError(f"{name}: expected dtype, shape and place of a tensor, got {entry!r:.100}")
+    begin, end = values["data_offsets"]
+    return values["dtype"], tuple(values["shape"]), (begin, end)
 
 
-def _tiny_matrices(
-    folder: Path, config: LoraXSConfig, modules: Mapping[str, Mapping[str, Tensor]]
-) -> dict[str, Tensor]:
+def _positions(parts: list[_Part]) -> tuple[torch.dtype, Tensor] | None:
+    dtype = parts[0].dtype
+    if any(part.dtype != dtype or part.begin % dtype.itemsize for part in parts):
+        return None
+    begins = [part.begin // dtype.itemsize for part in parts]
+    return dtype, torch.cat([torch.arange(b, b + math.prod(p.shape)) for b, p in zip(begins, parts, strict=True)])
+
+
+def _gather(plan: _Plan, data: bytearray, part: str) -> Tensor:
+    """This part of all modules, in the order of the layout, end to end."""
+    positions = plan.matrices if part == "weight" else plan.sketches
+    if positions is None:
+        return torch.cat([plan.modules[key][part].read(data).flatten() for key, _, _ in plan.layout.segments])
+    dtype, index = positions
+    return torch.frombuffer(data, dtype=dtype, count=len(data) // dtype.itemsize)[index]
+
+
+def _check_finite(layout: RowLayout, what: str, flat: Tensor, sizes: list[int]) -> None:
+    if flat.isfinite().all():
+        return
+    parts = zip(layout.index, flat.split(sizes), strict=True)
+    key = next(key for key, part in parts if not part.isfinite().all())
+    raise ValueError(f"{key}: expected finite numbers in {what}, got NaN or infinity")
+
+
+def _tiny_matrices(config: LoraXSConfig, plan: _Plan, data: bytearray) -> Tensor:
     """R = Σ_k v_k P_k, by the arithmetic of `TinyCore`: the same bits."""
-    for key, parts in modules.items():
-        if "sketch" not in parts or "seed" not in parts or parts["seed"].numel() != 1 or parts["sketch"].ndim != 2:
-            raise ValueError(f"{folder}: {key}: expected a sketch and a seed of TinyLoRA, got {sorted(parts)}")
-    order = sorted(modules, key=lambda key: int(modules[key]["seed"]))
+    ranks = {key: r for key, r, _ in plan.layout.segments}
+    seeds: dict[str, int] = {}
+    for key, parts in plan.modules.items():
+        if "seed" not in parts or parts["seed"].shape != ():
+            raise ValueError(f"{key}: expected a sketch and a seed of TinyLoRA, got {sorted(parts)}")
+        seeds[key] = int(parts["seed"].read(data))
+        if seeds[key] < 0:
+            raise ValueError(f"{key}: seed: expected at least 0, got {seeds[key]}")
     vectors: dict[int, Tensor] = {}
     matrices = {}
-    for index, key in enumerate(order):
-        parts, group = modules[key], group_of(index, len(order), config.weight_tying)
+    for index, key in enumerate(sorted(seeds, key=lambda key: seeds[key])):
+        parts, r = plan.modules[key], ranks[key]
+        group = group_of(index, len(seeds), config.weight_tying)
         # The first module of a group has the v of all.
-        v = vectors.setdefault(group, parts.get("v", torch.empty(0)))
-        r, seed = parts["sketch"].shape[1], int(parts["seed"])
-        if v.shape != (config.u,) or not 1 <= r <= _pattern(config.rank_pattern, key, config.r) or seed < 0:
-            got = f"v {list(v.shape)}, rank {r}, seed {seed}"
-            raise ValueError(f"{folder}: {key}: expected v [{config.u}], the rank of the configuration, got {got}")
-        p = parts["projections"] if "projections" in parts else draw_projections(config.u, r, seed)
+        v = vectors.setdefault(group, parts["v"].read(data) if "v" in parts else torch.empty(0))
+        if v.shape != (config.u,):
+            raise ValueError(f"{key}: expected v [{config.u}], got {list(v.shape)}")
+        if config.u * r * r > _MAX_DRAWN:
+            raise ValueError(f"{key}: expected P of at most {_MAX_DRAWN} numbers, got [{config.u}, {r}, {r}]")
+        if "projections" in parts:
+            p = parts["projections"].read(data)
+        else:
+            p = draw_projections(config.u, r, seeds[key])
         if p.shape != (config.u, r, r):
-            raise ValueError(f"{folder}: {key}: expected P [{config.u}, {r}, {r}], got {list(p.shape)}")
-        p = p.to(v.dtype)
-        matrices[key] = (v @ p.flatten(1)).view(r, r)
-    return matrices
+            raise ValueError(f"{key}: expected P [{config.u}, {r}, {r}], got {list(p.shape)}")
+        matrices[key] = (v @ p.to(v.dtype).flatten(1)).flatten()
+    return torch.cat([matrices[key] for key in ranks])
 
 
 def _pattern(pattern: Mapping[str, Any], key: str, default: Any) -> Any:

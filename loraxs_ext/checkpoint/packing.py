@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import re
@@ -13,14 +14,16 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from loraxs_ext.basis.sketching import compare_sketches
 from loraxs_ext.peft import LoraXSConfig
 from loraxs_ext.peft.transport import root_mean_square
 from loraxs_ext.peft.verify import flip_signs
-from loraxs_ext.store import AdapterRow, AdapterStore, Manifest, RowLayout, Segment, in_dtype
+from loraxs_ext.store import AdapterRow, AdapterStore, DamagedRecord, Manifest, RowLayout, in_dtype
+from loraxs_ext.store.names import encode_name
 
-from .adapter_folder import PREFIX, AdapterFolder, config_of, read_adapter_folder
+from .adapter_folder import PREFIX, SKETCH_ROWS, config_of, read_adapter_folder
 from .output import atomic_folder
 from .streaming import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_adapter_config
 
@@ -77,7 +80,7 @@ def manifest_of(folder: Path) -> Manifest:
     """
     adapter = read_adapter_folder(folder)
     config = {name: value for name, value in read_adapter_config(folder).items() if name != "base_fingerprint"}
-    sketches = {key: core.sketch for key, core in adapter.cores.items()}
+    sketches = dict(zip(adapter.layout.index, _split(adapter.sketches, adapter.layout), strict=True))
     recipe = adapter.config.recipe().to_dict()
     return Manifest(adapter.config.base_fingerprint or "", recipe, config, sketches)
 
@@ -90,47 +93,65 @@ def row_of(name: str, folder: Path, manifest: Manifest) -> AdapterRow:
     Raises:
         OSError, ValueError or TypeError: as `read_adapter_folder`; or the adapter stands on another basis.
     """
-    adapter = read_adapter_folder(folder)
-    _check_basis(folder, adapter, manifest)
-    segments, parts = [], []
-    for key, core in adapter.cores.items():
-        expected = manifest.sketches[key][:, : len(core.R)]
-        same = torch.equal(core.sketch, expected)
-        R = core.R if same else flip_signs(core.R, compare_sketches(core.sketch, expected)[0])
-        segments.append(Segment(key, len(R), core.scaling))
-        parts.append(R.flatten())
-    numbers = torch.cat(parts)
-    return AdapterRow(name, 0, RowLayout(segments), numbers.float() if numbers.dtype == torch.float64 else numbers)
-
-
-def _check_basis(folder: Path, adapter: AdapterFolder, manifest: Manifest) -> None:
-    """Raise unless the basis is that of the store, as far as the recipe says how well a basis is computed."""
-    ours, theirs = manifest.recipe.get("sigma"), adapter.config.sigma
+    config, layout, numbers, sketches = read_adapter_folder(folder)
+    ours, theirs = manifest.recipe.get("sigma"), config.sigma
     if ours != theirs:
         raise ValueError(f"{folder}: expected singular values placed by sigma={ours!r}, got {theirs!r}")
-    unknown = [key for key in adapter.cores if key not in manifest.sketches]
+    try:
+        expected = _expected(manifest, layout)
+        if not torch.equal(sketches, expected):
+            numbers = _moved(numbers, sketches, expected, layout, float(manifest.recipe["tol"]))
+    except ValueError as reason:
+        raise ValueError(f"{folder}: {reason}") from None
+    return AdapterRow(name, 0, layout, numbers.float() if numbers.dtype == torch.float64 else numbers)
+
+
+@functools.lru_cache(maxsize=64)
+def _expected(manifest: Manifest, layout: RowLayout) -> Tensor:
+    """The sketches that adapters of this layout have to have, end to end.
+
+    Raises:
+        ValueError: the store's basis has not these modules, or not at these ranks.
+    """
+    unknown = [key for key in layout.index if key not in manifest.ranks]
     if unknown:
         raise ValueError(
-            f"{folder}: expected modules of the store's basis, which has {len(manifest.sketches)}, got {len(unknown)} "
-            f"of {len(adapter.cores)} that it does not know, one of them {unknown[0]!r}"
+            f"expected modules of the store's basis, which has {len(manifest.ranks)}, got {len(unknown)} of "
+            f"{len(layout.segments)} that it does not know, one of them {unknown[0]!r}"
         )
-    tolerance = float(manifest.recipe["tol"])
-    worst, where = 0.0, ""
-    for key, core in adapter.cores.items():
-        rank = manifest.ranks[key]
-        if len(core.R) > rank:
-            raise ValueError(f"{folder}: {key}: expected a rank of at most {rank}, the store's, got {len(core.R)}")
-        expected = manifest.sketches[key][:, : len(core.R)]
-        if torch.equal(core.sketch, expected):
-            continue
-        error = root_mean_square(compare_sketches(core.sketch, expected)[1])
+    for key, r, _ in layout.segments:
+        if r > manifest.ranks[key]:
+            raise ValueError(f"{key}: expected a rank of at most {manifest.ranks[key]}, the store's, got {r}")
+    return torch.cat([manifest.sketches[key][:, :r].flatten() for key, r, _ in layout.segments])
+
+
+def _moved(numbers: Tensor, stored: Tensor, expected: Tensor, layout: RowLayout, tolerance: float) -> Tensor:
+    """R on the vectors of the store, which may point the other way.
+
+    Raises:
+        ValueError: they differ by more than the accuracy that the recipe asks of a basis.
+    """
+    parts, worst, where = [], 0.0, ""
+    matrices = numbers.split([r * r for _, r, _ in layout.segments])
+    pairs = zip(layout.segments, matrices, _split(stored, layout), _split(expected, layout), strict=True)
+    for (key, r, _), R, old, new in pairs:
+        signs, errors = compare_sketches(old, new)
+        error = root_mean_square(errors)
         if not error <= worst:
             worst, where = error, key
+        parts.append(flip_signs(R.view(r, r), signs).flatten())
     if not worst <= tolerance:
         raise ValueError(
-            f"{folder}: expected an adapter of the store's basis, got one of another base model or recipe: {where} "
-            f"differs by {worst:.3g}, accepted up to {tolerance:.3g}"
+            f"expected an adapter of the store's basis, got one of another base model or recipe: {where} differs by "
+            f"{worst:.3g}, accepted up to {tolerance:.3g}"
         )
+    return torch.cat(parts)
+
+
+def _split(sketches: Tensor, layout: RowLayout) -> list[Tensor]:
+    """[5, r] of each module."""
+    parts = sketches.split([SKETCH_ROWS * r for _, r, _ in layout.segments])
+    return [part.view(SKETCH_ROWS, r) for part, (_, r, _) in zip(parts, layout.segments, strict=True)]
 
 
 def pack(
@@ -164,6 +185,7 @@ def pack(
     def read(entry: tuple[str, Path]) -> AdapterRow | Packed:
         name, folder = entry
         try:
+            encode_name(name)
             row = row_of(name, folder, store.manifest)
             return row if dtype is None else in_dtype(row, dtype)
         except (OSError, ValueError, TypeError) as reason:
@@ -195,8 +217,8 @@ def _compared(store: AdapterStore, row: AdapterRow) -> Outcome:
         there = store.row(row.name)
     except KeyError:
         return "added"
-    except ValueError:
-        # Damaged, so it is no loss.
+    except DamagedRecord:
+        # So it is no loss.
         return "replaced"
     same = there.layout == row.layout and there.numbers.dtype == row.numbers.dtype
     for ours, theirs in ((row.numbers, there.numbers), (row.steps, there.steps)):

@@ -68,6 +68,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _list(store: AdapterStore, arguments: argparse.Namespace) -> int:
+    if arguments.limit is not None and arguments.limit < 0:
+        raise ValueError(f"--limit: expected 0 or more, got {arguments.limit}")
     names = store.names(arguments.prefix, arguments.after, arguments.limit)
     if arguments.json:
         print(json.dumps(list(names), indent=2))
@@ -153,7 +155,7 @@ def _inside(name: str) -> PurePosixPath:
         ValueError: it would lead out of it, or is not the name of one file.
     """
     path = PurePosixPath(name)
-    plain = not path.is_absolute() and path.as_posix() == name and ".." not in path.parts
+    plain = path.parts and not path.is_absolute() and path.as_posix() == name and ".." not in path.parts
     if not plain or "\\" in name or ":" in name or any(len(part.encode()) > _LONGEST for part in path.parts):
         raise ValueError(f"expected a plain relative path with parts of at most {_LONGEST} bytes")
     return path

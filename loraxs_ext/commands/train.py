@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import sys
 import warnings
 from typing import Any
@@ -70,6 +71,9 @@ def report(command: str, arguments: argparse.Namespace, work: Any) -> int:
     except (ValueError, TypeError, OSError, RuntimeError, ImportError, SafetensorError) as reason:
         print(f"loraxs {command}: {reason}", file=sys.stderr)
         return 1
+    if os.environ.get("RANK", "0") != "0":
+        # One of several processes that torchrun or accelerate started: the first one speaks for all.
+        return 0
     print(json.dumps(outcome, indent=2, ensure_ascii=False) if arguments.json else as_text(outcome))
     return 0
 

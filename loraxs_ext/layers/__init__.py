@@ -12,6 +12,7 @@ from .opaque import LoraXSOpaque
 from .probing import pass_gradients
 from .repacking import guard_packed_weights
 from .routing import BASE, Route, build_route, following, routed
+from .sharding import complete
 from .stacked import SharedProjection, share_projections
 from .tiny import TinyCore, TinyOptions, group_of, tie
 
@@ -32,6 +33,7 @@ __all__ = [
     "TinyCore",
     "TinyOptions",
     "build_route",
+    "complete",
     "delta_weight",
     "following",
     "group_of",

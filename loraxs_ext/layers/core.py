@@ -8,6 +8,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from .sharding import assign
+
 InitWeights = bool | Literal["zeros", "uniform"]
 
 SKETCH_ROWS = 5
@@ -145,7 +147,7 @@ class CoreMatrix(Core):
     def place(self, moved: Tensor) -> None:
         """R = `moved` [r, r]."""
         if moved is not self.weight:
-            self.weight.copy_(moved)
+            assign(self.weight, moved)
 
     @property
     def device(self) -> torch.device:

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from loraxs_ext import ops
 
-from .path import add_path
+from .sharding import is_sharded
+from .tensor_parallel import own_columns
 
 if TYPE_CHECKING:
     from .layer import LoraXSLayer
@@ -139,7 +140,7 @@ def forward(layer: LoraXSLinear, x: Tensor, args: tuple, kwargs: dict[str, Any])
         if g is None:
             return layer.run(x, paths, args, kwargs)
         z = layer.run(x, paths, args, kwargs, with_bias=False)
-        return ops.rescale(z, g, paths[0].slots, layer.base_bias(z))
+        return ops.rescale(z, own_columns(g, layer.part(x, z)), paths[0].slots, layer.base_bias(z))
 
     magnitudes: Any = layer._modules["loraxs_magnitude"]
     active = [name for name in layer.active_adapters if name in layer.r]
@@ -151,13 +152,19 @@ def forward(layer: LoraXSLinear, x: Tensor, args: tuple, kwargs: dict[str, Any])
     name, path = scaled[0]
     if len(scaled) == 1 and not path.p_drop:
         z = layer.run(x, [path], args, kwargs, with_bias=False)
-        y = ops.rescale(z, row_scale(layer, name, path.b, path.pages), None, layer.base_bias(z))
+        g = own_columns(row_scale(layer, name, path.b, path.pages), layer.part(x, z))
+        y = ops.rescale(z, g, None, layer.base_bias(z))
     else:
+        if is_sharded(layer.get_base_layer()._parameters.get("weight")):
+            raise ValueError(
+                f"use_edora: {layer.key}: expected under tensor parallelism one active adapter with a magnitude, and "
+                f"loraxs_dropout=0, got {len(scaled)} with a dropout of {path.p_drop}"
+            )
         inputs = [F.dropout(x, path.p_drop) if path.p_drop else x for _, path in scaled]
         y = layer.run(x - sum(inputs), [], args, kwargs)
         for (name, path), dropped in zip(scaled, inputs, strict=True):
             z = layer.run(dropped, [path._replace(p_drop=0.0)], args, kwargs, with_bias=False, shared=False)
             y = y + ops.rescale(z, row_scale(layer, name, path.b, path.pages))
     for path in others:
-        y = add_path(y, x, path)
+        y = layer.add(y, x, path)
     return y

@@ -59,6 +59,7 @@ class LoraXSEmbedding(LoraXSLinear):
         Raises:
             ValueError: it would cut the merged rows.
         """
+        super().check_mergeable()
         base: Any = self.get_base_layer()
         if base.max_norm is not None:
             raise ValueError(

@@ -14,6 +14,7 @@ from .core import CoreMatrix
 from .layer import LoraXSLayer
 from .linear import LoraXSLinear
 from .routing import pad
+from .sharding import is_sharded
 
 
 # PEFT recognises nested wrappers of parameters by this name of their class.
@@ -125,6 +126,11 @@ class ParamWrapper(LoraXSLinear):
         widest = max(adapters, key=self.r.__getitem__)
         core = reduce(torch.add, [pad(self.get_R(name) * self.scaling[name], self.r[widest]) for name in adapters])
         weight = getattr(self.get_base_layer(), self.parameter_name)
+        if is_sharded(weight):
+            raise TypeError(
+                f"target_parameters: {self.key}: expected a parameter that this process has completely when its module "
+                f"is called, got one that tensor or expert parallelism divides"
+            )
         a, b = self.get_basis(widest)
         with torch.autocast(weight.device.type, enabled=False):
             left = (b.to(core.dtype) @ core).to(weight.dtype)

@@ -283,6 +283,9 @@ class LoraXSLayer(nn.Module, BaseTunerLayer):
 
     def matrix_features(self, base: nn.Module) -> tuple[int, int]:
         """K and N of the matrix that stands for the weight of `base`. May be overridden."""
+        if isinstance(base, nn.Linear):
+            # As declared: of a weight that tensor parallelism divides, PEFT's version gives the part.
+            return base.in_features, base.out_features
         return cast(tuple[int, int], _get_in_out_features(base))
 
     def as_matrix(self, stored: Tensor) -> Tensor:

@@ -21,10 +21,13 @@ class LowRankPath(NamedTuple):
     p_drop: float = 0.0
 
 
-def add_path(y: Tensor, x: Tensor, path: LowRankPath) -> Tensor:
-    """y [..., N] + the low-rank part of x [..., K], in the dtype of y."""
+def add_path(y: Tensor, x: Tensor, path: LowRankPath, rng: Tensor | None = None) -> Tensor:
+    """y [..., N] + the low-rank part of x [..., K], in the dtype of y; the mask is drawn unless rng gives it."""
     dtype = path.a.dtype
-    rng = draw_rng(x) if path.p_drop else None
+    if path.pages.dtype not in (dtype, torch.float32):
+        # FSDP2 computes in another dtype than it stores, and takes R along; buffers stay as they are.
+        path = path._replace(pages=path.pages.to(dtype))
+    rng = draw_rng(x) if path.p_drop and rng is None else rng
     return ops.add_delta(y.to(dtype), x.to(dtype), *path[:5], p_drop=path.p_drop, rng=rng).to(y.dtype)
 
 

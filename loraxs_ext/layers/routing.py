@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from .edora import route_scales
 
@@ -31,6 +32,7 @@ class Route:
         exact: refuse x of more rows than `slots`. generate() has more, for beams and returned sequences.
         scale: s of all pages; 1 where every page has its own scaling folded in.
         p_drop: dropout probability on the input of the low-rank path, for training.
+        fused: what the layer then calls in eager mode, `LoraXSLinear.fused`; None to look at everything at every call.
     """
 
     slots: Tensor
@@ -40,6 +42,21 @@ class Route:
     exact: bool = False
     scale: float = 1.0
     p_drop: float = 0.0
+    fused: Callable[[Tensor], Tensor] | None = None
+    # What a decoder would make anew for hundreds of layers at every step, each with what it was made of.
+    _basis: tuple[Tensor | None, Tensor | None, tuple[Tensor, Tensor]] | None = field(
+        default=None, init=False, repr=False, compare=False
+    )
+    _expanded: tuple[Tensor, int, int, Tensor] | None = field(default=None, init=False, repr=False, compare=False)
+
+    def basis_of(self, layer: LoraXSLayer) -> tuple[Tensor, Tensor]:
+        """a [r, K] and b [N, r] of the adapter in `layer`, whose route this is."""
+        if is_compiling():
+            return layer.get_basis(self.adapter)
+        a, bt, kept = layer._buffers["loraxs_A"], layer._buffers["loraxs_Bt"], self._basis
+        if kept is None or kept[0] is not a or kept[1] is not bt:
+            self._basis = kept = a, bt, layer.get_basis(self.adapter)
+        return kept[2]
 
     def per_token(self, x: Tensor) -> Tensor:
         """int32 [M], the slot of every token of x [..., K].
@@ -59,7 +76,18 @@ class Route:
                 f"adapters: expected one name per row of the batch, or one slot per token, got {rows} for an input of "
                 f"shape {list(x.shape)}"
             )
-        return self.slots.repeat_interleave(tokens // rows)
+        return self._expand(tokens // rows)
+
+    def _expand(self, times: int) -> Tensor:
+        """Every slot `times` times in a row."""
+        slots = self.slots
+        # A CUDA graph has to expand what it finds when it is replayed; inference tensors do not tell when they change.
+        if is_compiling() or slots.is_cuda or slots.is_inference():
+            return slots.repeat_interleave(times)
+        kept = self._expanded
+        if kept is None or kept[0] is not slots or kept[1:3] != (slots._version, times):
+            self._expanded = kept = slots, slots._version, times, slots.repeat_interleave(times)
+        return kept[3]
 
 
 def build_route(layer: LoraXSLayer, names: Sequence[str]) -> Route:

@@ -17,7 +17,7 @@ from torch import Tensor
 from loraxs_ext import basis
 from loraxs_ext.basis import BasisFile, Factors, Recipe
 from loraxs_ext.basis.anchor import SAME_ORIGIN
-from loraxs_ext.layers import Core, LoraXSLayer
+from loraxs_ext.layers import Core, LoraXSLayer, complete
 
 from .config import BasisCheck
 from .transport import Restored, Source, anchors_path, remember, restore, transport
@@ -211,7 +211,7 @@ class AdapterBasis:
             mine = current_factors(layer, core.rank)[:2]
             if all(torch.equal(now, stored.to(now)) for now, stored in zip(mine, core.stored_basis, strict=True)):
                 return _Plan(core.on_basis, None, Mismatch(layer.key, 0.0))
-            moved, lost = transport(core.on_basis, core.stored_basis, mine)
+            moved, lost = transport(complete(core.on_basis), core.stored_basis, mine)
             return _Plan(moved, None, Mismatch(layer.key, lost))
         signs, error = measure(layer, self.adapter, core.recorded_sketch)
         mismatch, old = _better(Mismatch(layer.key, error), restored)
@@ -220,7 +220,7 @@ class AdapterBasis:
         if not any(layer.core(name).settled for name in layer.loraxs_R):
             return _Plan(core.on_basis, old, mismatch)
         # Other adapters stand on the layer's basis, so R has to move.
-        moved, lost = transport(core.on_basis, (old.a, old.bt), current_factors(layer, core.rank)[:2])
+        moved, lost = transport(complete(core.on_basis), (old.a, old.bt), current_factors(layer, core.rank)[:2])
         return _Plan(moved, None, mismatch._replace(error=max(mismatch.error, lost)))
 
     def _remember(

@@ -29,6 +29,7 @@ from .bases import AdapterBasis
 from .combine import combine
 from .config import LoraXSConfig
 from .dispatch import layer_class, quantization_options
+from .gathering import adapter_entries, bias_entries, gather_trained, plain_name
 from .mixed import mixed_batch
 from .register import PREFIX
 from .tying import share_core, tie_targets
@@ -219,12 +220,14 @@ class LoraXSModel(BaseTuner):
         if not (saved.save_basis and saved.base_fingerprint):
             layers = [site for m in _layers(model) if adapter_name in m.loraxs_R for site in m.sites]
             saved.base_fingerprint = combined_fingerprint(layers) or saved.base_fingerprint
-        kept = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        # PEFT goes on to take the whole weight of an embedding that is a target from `state_dict`, a copy of its own.
+        kept = {**adapter_entries(state_dict, adapter_name), **bias_entries(model, state_dict, saved.bias)}
+        # PEFT takes more from `state_dict`, a copy of its own: modules that are trained completely, and the whole
+        # weight of an embedding that is a target, which is not wanted.
+        gather_trained(model, state_dict, kept)
         for name, module in model.named_modules():
             if isinstance(module, LoraXSLayer):
-                state_dict.pop(f"{name}.base_layer.weight", None)
-        return kept
+                state_dict.pop(f"{plain_name(name)}.base_layer.weight", None)
+        return {name: state_dict[name] for name in kept}
 
     @classmethod
     def _remap_adapter_state_dict_for_load(

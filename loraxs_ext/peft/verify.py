@@ -21,7 +21,7 @@ from torch import Tensor
 from loraxs_ext import basis
 from loraxs_ext.basis import Factors
 from loraxs_ext.basis.anchor import SAME_MODEL, SAME_WEIGHTS, describe_residual
-from loraxs_ext.layers import LoraXSLayer
+from loraxs_ext.layers import LoraXSLayer, complete
 
 from .transport import root_mean_square
 
@@ -136,6 +136,7 @@ def flip_signs(core: Tensor, signs: Tensor) -> Tensor:
     """
     if (signs > 0).all():
         return core
+    core = complete(core)
     d = signs.to(core)
     return d[:, None] * core * d
 

@@ -9,6 +9,7 @@ from functools import partial
 from peft.tuners.tuners_utils import onload_layer
 from peft.utils.integrations import gather_params_ctx
 from torch import Tensor
+from transformers.integrations.fsdp import is_fsdp_enabled as only_first_process_has_weights
 
 from loraxs_ext import basis
 from loraxs_ext.basis import Factors, Recipe
@@ -55,6 +56,11 @@ def _decompose(wanted: Mapping[str, tuple[LoraXSLayer, int]], recipe: Recipe) ->
     ranks = {key: rank for key, (_, rank) in wanted.items()}
     weights: dict[str, Tensor | Callable[[], Tensor]] = {key: partial(load_weight, m) for key, (m, _) in wanted.items()}
     group = active_group()
+    if only_first_process_has_weights():
+        raise RuntimeError(
+            "fsdp_cpu_ram_efficient_loading: expected false (FSDP_CPU_RAM_EFFICIENT_LOADING), because every process "
+            "reads the weights when an adapter is added, got true, which leaves them on the first process only"
+        )
     if group is None:
         return basis.decompose(weights, ranks, recipe, cache_dir="default")
     for key, (layer, _) in wanted.items():
@@ -70,14 +76,16 @@ def _decompose(wanted: Mapping[str, tuple[LoraXSLayer, int]], recipe: Recipe) ->
 
 
 def combined_fingerprint(layers: Iterable[LoraXSLayer]) -> str | None:
-    """64 bits of the weights of all `layers` in hex; None if there are none, or one waits on the meta device.
+    """64 bits of the weights of all `layers` in hex; None if there are none, or one waits on the meta device, or one is
+    sharded: reading it takes all processes, and an adapter may well be saved by one.
 
     Each layer is hashed once, when its basis is computed or when this is first asked for.
     """
     parts = []
     for layer in sorted(layers, key=lambda layer: layer.key):
         if layer.base_fingerprint is None:
-            if layer.get_base_layer_device().type == "meta":
+            base = layer.get_base_layer()
+            if layer.get_base_layer_device().type == "meta" or is_sharded(getattr(base, layer.parameter_name, None)):
                 return None
             layer.base_fingerprint = basis.fingerprint(load_weight(layer))
         parts.append((layer.key, layer.base_fingerprint))

@@ -6,7 +6,6 @@ import asyncio
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeVar
 
 from starlette.applications import Starlette
@@ -14,17 +13,16 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
-from starlette.routing import BaseRoute, Mount, Route
-from starlette.staticfiles import StaticFiles
+from starlette.routing import Route
 
 from .admin import delete_adapter, put_adapter
 from .answers import Answers
 from .errors import ApiError
 from .guard import Guard, answer
+from .page import page_routes
 from .protocol import ChatRequest, CompletionRequest, parse
 from .service import Service
 
-PAGE = Path(__file__).with_name("page")
 T = TypeVar("T")
 
 
@@ -39,7 +37,7 @@ def create_app(service: Service) -> Starlette:
         finally:
             await service.engine.stop()
 
-    routes: list[BaseRoute] = [
+    routes = [
         Route("/v1/chat/completions", chat_completions, methods=["POST"]),
         Route("/v1/completions", completions, methods=["POST"]),
         Route("/v1/models", models),
@@ -50,9 +48,8 @@ def create_app(service: Service) -> Starlette:
         Route("/health", health),
         Route("/ready", ready),
         Route("/metrics", metrics),
+        *page_routes(),
     ]
-    if PAGE.is_dir():
-        routes.append(Mount("/", StaticFiles(directory=PAGE, html=True), name="page"))
     handlers: dict[Any, Any] = {ApiError: _api_error, HTTPException: _http_error, Exception: _unexpected}
     app = Starlette(
         routes=routes,

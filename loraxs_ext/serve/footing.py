@@ -18,13 +18,14 @@ from loraxs_ext.store import RowSource
 
 from .placing import Footing
 
+_MIXED = "load them into a PeftModel, whose adapters loraxs_ext.adapters mixes as well"
 # Fields of a configuration that say that R is not all of an adapter, each with what to do then.
 _MORE_THAN_R = {
-    "use_edora": "a magnitude (EDoRA)",
-    "target_parameters": "target_parameters (stacks of experts)",
-    "modules_to_save": "modules_to_save",
-    "trainable_token_indices": "trainable_token_indices",
-    "ensure_weight_tying": "ensure_weight_tying",
+    "use_edora": _MIXED,
+    "modules_to_save": _MIXED,
+    "trainable_token_indices": _MIXED,
+    "ensure_weight_tying": _MIXED,
+    "target_parameters": "load them into a PeftModel and choose one for the whole batch by set_adapter",
 }
 
 
@@ -57,12 +58,9 @@ def footing_of(source: RowSource, model: nn.Module, config: LoraXSConfig | None)
 
 
 def _refuse_more_than_r(argument: str, fields: Mapping[str, Any]) -> None:
-    for name, meaning in _MORE_THAN_R.items():
+    for name, advice in _MORE_THAN_R.items():
         if fields.get(name):
-            raise ValueError(
-                f"{argument}: expected adapters that are R alone, got {name}={fields[name]!r}; load adapters with "
-                f"{meaning} into a PeftModel, whose adapter_names route mixes them"
-            )
+            raise ValueError(f"{argument}: expected adapters that are R alone, got {name}={fields[name]!r}; {advice}")
     if fields.get("bias", "none") != "none":
         raise ValueError(f"{argument}: expected adapters that are R alone, got bias={fields['bias']!r}")
 

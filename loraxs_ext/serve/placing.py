@@ -55,7 +55,7 @@ class Placement:
     Args:
         model: the transformers model itself.
         footing: of the adapters.
-        rank: the least rank that every layer is made for, cut to min(N, K) in small ones; None for that of `footing`.
+        rank: that every layer is made for, cut to min(N, K) in small ones; None for those of `footing`.
 
     Attributes:
         layers: in the order of the model.
@@ -73,7 +73,8 @@ class Placement:
         try:
             self._place()
             self._stand()
-            self._widen(rank)
+            if rank is not None:
+                self._resize(rank)
         except BaseException:
             self.undo()
             raise
@@ -91,10 +92,12 @@ class Placement:
     def _place(self) -> None:
         modules, ranks = dict(self._model.named_modules()), self._footing.ranks
         missing = [key for key in ranks if key not in modules]
-        if missing or not ranks:
+        if not ranks:
+            raise ValueError(f"source: expected adapters of some modules of {type(self._model).__name__}, got none")
+        if missing:
             raise ValueError(
                 f"model: expected the {len(ranks)} modules that the adapters change, got "
-                f"{type(self._model).__name__} without {len(missing)} of them, such as {missing[:1]}"
+                f"{type(self._model).__name__} without {len(missing)} of them, such as {missing[0]!r}"
             )
         shared = next((key for key, module in modules.items() if isinstance(module, AuxiliaryTrainingWrapper)), None)
         if shared is not None:
@@ -139,7 +142,7 @@ class Placement:
         return layer
 
     def _use(self, layer: LoraXSLinear, rank: int) -> None:
-        """Give the layer the adapter `POOL` of this rank, not on a basis yet."""
+        """Give the layer the adapter `POOL` of this rank, whose basis is not settled yet."""
         with _flags_kept(layer):
             layer.update_layer(POOL, rank, rank, policy=self._policy, init_weights="zeros", inference_mode=True)
         layer.loraxs_R[POOL].requires_grad_(False)
@@ -183,10 +186,10 @@ class Placement:
         a, bt = layer.basis_rows(layer.r[POOL])
         layer.set_basis(a * signs[:, None].to(a), bt * signs[:, None].to(bt))
 
-    def _widen(self, rank: int | None) -> None:
-        """Make room for ranks up to `rank`; the rows of the basis that are there stay what they are."""
+    def _resize(self, rank: int) -> None:
+        """Make room for another rank; the rows of the basis that are there stay what they are."""
         for layer in self.layers:
-            self._use(layer, max(layer.r[POOL], rank or 1))
+            self._use(layer, rank)
         self._policy.settle()
 
 

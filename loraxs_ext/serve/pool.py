@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loraxs_ext.layers import BASE, LoraXSLayer, Route
+from loraxs_ext.layers import BASE, LoraXSLayer, Route, following
 from loraxs_ext.peft import LoraXSConfig
 from loraxs_ext.store import Lease, Pager, RowLayout, RowSource, Segment, Slab
 
@@ -39,7 +39,8 @@ class AdapterPool:
             them, all others that the adapters change get one.
         source: where adapters come from by name, usually an `AdapterStore`, which also tells their basis.
         slots: how many adapters may be at work at the same time.
-        rank: the largest rank of an adapter, cut to min(N, K) in small modules; None for what the source says.
+        rank: the largest rank that an adapter may have, cut to min(N, K) in small modules; None for what the source
+            says.
         dtype: of the slab: None for fp32; or the dtype of a model in half precision, for half the memory and an R that
             is rounded to it.
         adapter_config: for a source without a manifest, the configuration its adapters were trained with. In any case
@@ -218,20 +219,16 @@ class AdapterPool:
                 "model: expected adapters that are neither merged nor disabled, got some; unmerge them first"
             )
         routes = [Route(slots, pages, POOL, exact=True) for pages in self._pages]
+        for placed, route in zip(self.layers, routes, strict=True):
+            route.fused = placed.fused(route)
         routes += [Route(slots, None, BASE) for _ in self._others]
-        before = [layer.route for layer in layers]
 
         def assign(new: Tensor) -> None:
             for route in routes:
                 route.slots = new
 
-        try:
-            for layer, route in zip(layers, routes, strict=True):
-                layer.route = route
+        with following(dict(zip(layers, routes, strict=True))):
             yield assign
-        finally:
-            for layer, kept in zip(layers, before, strict=True):
-                layer.route = kept
 
     def _check_slots(self, slots: Tensor) -> Tensor:
         if slots.dtype != torch.int32 or slots.ndim != 1 or slots.device != self.device:

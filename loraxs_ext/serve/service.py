@@ -96,11 +96,14 @@ class Service:
         asked = stats["hits"] + stats["misses"]
         return {
             "model": self.name,
+            "chat": bool(self.tokens.tokenizer.chat_template),
             "ready": self.ready,
             "uptime_seconds": time.time() - self.started,
             "context": self.engine.context,
             "store": {"adapters": sizes.adapters, "bytes": sizes.nbytes},
             "slots": {name: stats[name] for name in ("slots", "free", "resident", "in_use", "pinned")},
+            "hits": stats["hits"],
+            "misses": stats["misses"],
             "hit_rate": stats["hits"] / asked if asked else None,
             "evictions": stats["evictions"],
             "running": self.engine.running,

@@ -25,6 +25,7 @@ from loraxs_ext.basis.cache import cache_directory
 from .folder_cache import FolderCache
 from .plain_lora import Bases, digest, write
 from .sources import Adapters, open_adapters
+from .vllm_cpu import skip_rows_without_adapter
 
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
@@ -87,6 +88,7 @@ def register() -> None:
         return
     from vllm.lora.resolver import LoRAResolver, LoRAResolverRegistry
 
+    skip_rows_without_adapter()
     if NAME not in LoRAResolverRegistry.get_supported_resolvers():
         LoRAResolver.register(AdapterResolver)
         LoRAResolverRegistry.register_resolver(NAME, AdapterResolver(settings))

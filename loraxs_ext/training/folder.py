@@ -82,9 +82,10 @@ class RunFolder:
             keep: folder of the best checkpoint, which stays.
         """
         newest = self.path / f"checkpoint-{step}"
-        for file in newest.iterdir():
-            with open(file, "rb") as stream:
-                os.fsync(stream.fileno())
+        for file in newest.rglob("*"):
+            if file.is_file():
+                with open(file, "rb") as stream:
+                    os.fsync(stream.fileno())
         write_json(newest / _COMPLETE, facts)
         kept = {newest.name, Path(keep).name if keep else newest.name}
         for checkpoint in self._checkpoints():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,6 +13,9 @@ import torch
 import transformers
 from peft import PeftModel, get_peft_model
 from transformers import EvalPrediction
+
+from loraxs_ext.basis.distributed import across_ranks, is_running
+from loraxs_ext.peft import gather_adapter
 
 from . import classification, instruction
 from .folder import RunFolder, read_json, write_json
@@ -41,13 +45,16 @@ def train(run: Run) -> dict[str, Any]:
             return read_json(folder.result)
         checkpoint = folder.last_checkpoint()
     prepared = _classification(run) if isinstance(run, ClassificationRun) else _instruction(cast(InstructionRun, run))
+    # Before it is sharded.
+    parameters = count_parameters(prepared.model)
     trainer, keeper = make_trainer(run, folder, arguments, prepared, checkpoint)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     metrics = trainer.evaluate() if best else {}
     seconds = keeper.seconds
+    state_dict = gather_adapter(cast(torch.nn.Module, trainer.model))
     if trainer.is_world_process_zero():
         with folder.new_adapter() as staged:
-            prepared.model.save_pretrained(str(staged))
+            prepared.model.save_pretrained(str(staged), state_dict=state_dict)
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         result = {
             "task": run.task,
@@ -59,7 +66,8 @@ def train(run: Run) -> dict[str, Any]:
             "steps": trainer.state.global_step,
             "loss": {"first": losses[0], "last": losses[-1]} if losses else {},
             "rows": {"train": len(prepared.train), "dev": len(prepared.dev or ())},
-            "parameters": count_parameters(prepared.model),
+            "processes": arguments.world_size,
+            "parameters": parameters,
             "bytes": (folder.adapter / WEIGHTS).stat().st_size,
             "seconds": round(seconds, 1),
             "seed": run.training.seed,
@@ -124,7 +132,8 @@ def _instruction(run: InstructionRun) -> Prepared:
 def _adapted(run: Run, base: transformers.PreTrainedModel) -> tuple[PeftModel, list[str]]:
     # The cache of keys and values is of no use in training, and gradient checkpointing warns of it.
     base.config.use_cache = False
-    model = cast(PeftModel, get_peft_model(base, run.adapter_config()))
+    with across_ranks() if is_running() else nullcontext():
+        model = cast(PeftModel, get_peft_model(base, run.adapter_config()))
     notes = continue_from(model, run.start_from, run.keep_head) if run.start_from else []
     for note in notes:
         warnings.warn(f"start_from: {note}", stacklevel=2)

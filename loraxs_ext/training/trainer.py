@@ -6,16 +6,19 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from accelerate import PartialState
 from peft import PeftModel
 from torch import nn
 from transformers import EvalPrediction, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
+from loraxs_ext.peft.gathering import gather_adapter, unwrapped
+
 from .folder import RunFolder
-from .settings import Run, TrainingSettings
+from .settings import InstructionRun, Run, TrainingSettings
 
 
 @dataclass(frozen=True)
@@ -95,17 +98,50 @@ def make_trainer(
     callbacks: list[TrainerCallback] = [keeper]
     if arguments.process_index == 0:
         callbacks.append(TensorBoardCallback(_summary_writer(folder, step)))
-    trainer = Trainer(
+    trainer = AdapterTrainer(
+        run.training,
+        isinstance(run, InstructionRun),
         model=prepared.model,
         args=arguments,
         train_dataset=prepared.train,
         eval_dataset=prepared.dev,
         data_collator=prepared.collate,
         compute_metrics=prepared.metrics,
-        optimizers=(adamw(prepared.model, run.training), None),
         callbacks=callbacks,
     )
     return trainer, keeper
+
+
+class AdapterTrainer(Trainer):
+    """The Trainer with our optimiser, whose checkpoints hold a plain and complete adapter however it is distributed.
+
+    Args:
+        training: settings of the optimiser.
+        per_token: whether the loss is a mean over tokens, which rows have different numbers of.
+        arguments: of the Trainer.
+    """
+
+    def __init__(self, training: TrainingSettings, per_token: bool, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.training = training
+        # A classifier takes the arguments of a loss per token and ignores them: it returns the mean over its rows. The
+        # Trainer, which believes that it obeys, would not average over accumulated batches and processes.
+        self.model_accepts_loss_kwargs &= per_token
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Of the parameters of `model`, once FSDP1 has wrapped it, or of those of the model as it is."""
+        if self.optimizer is None:
+            self.optimizer = adamw(cast(nn.Module, self.model if model is None else model), self.training)
+        return self.optimizer
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the adapter; collective."""
+        model = cast(nn.Module, self.model)
+        state_dict = gather_adapter(model)
+        if self.args.should_save:
+            cast(PeftModel, unwrapped(model)).save_pretrained(
+                str(output_dir or self.args.output_dir), state_dict=state_dict
+            )
 
 
 class Keeper(TrainerCallback):
@@ -138,8 +174,11 @@ class Keeper(TrainerCallback):
         control.should_log |= control.should_save
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        # A checkpoint is complete when the last process has written its part, and no process goes on before it is.
+        PartialState().wait_for_everyone()
         if state.is_world_process_zero:
             self.folder.complete(state.global_step, {"seconds": self.seconds}, state.best_model_checkpoint)
+        PartialState().wait_for_everyone()
 
 
 def _summary_writer(folder: RunFolder, step: int) -> Any:

@@ -213,7 +213,7 @@ NAME = "base_model.model.model.layers.0.self_attn.q_proj.loraxs_R."
         ({NAME + "weight": torch.zeros(4, 4, dtype=torch.int32)}, {}, "weight: expected numbers of a known dtype"),
         ({NAME + "weight": torch.zeros(9, 9)}, {}, r"expected R \[r, r\] with r from 1 to 4, got \[9, 9\]"),
         ({NAME + "sketch": torch.zeros(5, 3)}, {}, r"expected a sketch \[5, 4\] of the basis, got \[5, 3\]"),
-        ({NAME + "sketch": torch.full((5, 4), torch.nan)}, {}, "or one that is not finite"),
+        ({NAME + "sketch": torch.full((5, 4), torch.nan)}, {}, "q_proj: expected finite numbers in the sketch"),
         (
             {"base_model.model.lm_head.weight": torch.zeros(1)},
             {},
@@ -222,6 +222,10 @@ NAME = "base_model.model.model.layers.0.self_attn.q_proj.loraxs_R."
         ({NAME + "v": torch.zeros(5)}, {"use_tinylora": True, "u": 5}, "expected a sketch and a seed"),
         ({}, {"r": -1}, "r: expected a positive integer, got -1"),
         ({}, {"r": "4"}, "r: expected an int, got '4'"),
+        ({}, {"lora_alpha": 10**400}, "lora_alpha: expected a finite number, got 1000"),
+        ({}, {"rank_pattern": [1]}, r"rank_pattern: expected an object of numbers by name, got \[1\]"),
+        ({}, {"alpha_pattern": {"(": 2}}, r"alpha_pattern: expected regular expressions, got '\('"),
+        ({}, {"alpha_pattern": {"q_proj": None}}, "alpha_pattern: q_proj: expected a finite number, got None"),
         ({}, {"peft_type": None}, "peft_type: expected 'LORAXS', got None"),
     ],
 )
@@ -232,13 +236,39 @@ def test_files_that_are_not_what_they_should_be(
         manifest_of(rewrite(made.adapter, tmp_path / "bad", changes, **fields))
 
 
+def test_a_few_bytes_cannot_ask_for_all_memory(made: Folders, tmp_path: Path) -> None:
+    """The P of a TinyLoRA are drawn, not stored: 80 kB of a file may ask for gigabytes."""
+    tiny = rewrite(another(made, tmp_path / "tiny", use_tinylora=True, u=2), tmp_path / "huge", r=40_000)
+    file = tiny / "adapter_model.safetensors"
+    parts = load_file(file)
+    name = next(name for name in parts if name.endswith("sketch"))
+    save_file({**parts, name: torch.zeros(5, 40_000)}, file)
+    with pytest.raises(ValueError, match=r"expected P of at most \d+ numbers, got \[2, 40000, 40000\]"):
+        manifest_of(tiny)
+
+
 def test_damaged_files(made: Folders, tmp_path: Path) -> None:
     folder = rewrite(made.adapter, tmp_path / "bad")
     weights, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
     whole = weights.read_bytes()
-    for data in (b"", whole[:7], whole[:200], whole[:-1], (1 << 62).to_bytes(8, "little") + whole[8:]):
+    length = int.from_bytes(whole[:8], "little")
+    header = json.loads(whole[8 : 8 + length])
+    first, second = list(header)[1:3]
+    lies = [
+        {**header, first: {**header[first], "shape": [1 << 40]}},
+        {**header, first: {**header[first], "shape": [-1, 16]}},
+        {**header, first: {**header[first], "shape": [1 << 47] * 100_000}},
+        {**header, first: {**header[first], "data_offsets": header[second]["data_offsets"]}},
+        {name: entry for name, entry in header.items() if name != first},
+        {**header, first: 3},
+        [],
+    ]
+    texts = [json.dumps(lie).encode() for lie in lies] + [b"[" * 100000, b"\xff{}"]
+    forged = [len(text).to_bytes(8, "little") + text + whole[8 + length :] for text in texts]
+    cut = [b"", whole[:7], whole[:200], whole[:-1], whole + b"\0", (1 << 62).to_bytes(8, "little") + whole[8:]]
+    for data in cut + forged:
         weights.write_bytes(data)
-        with pytest.raises(ValueError, match="expected a whole safetensors file"):
+        with pytest.raises(ValueError, match=f"{folder}: .*expected (a whole safetensors|dtype, shape|.* in the file)"):
             manifest_of(folder)
     weights.write_bytes(whole)
     for text in ("", "[]", "{", "[" * 100000):
@@ -291,6 +321,15 @@ def test_packing_again_does_only_what_is_new(made: Folders, tmp_path: Path, monk
         assert outcomes(dtype=torch.float16)["b"] == "replaced"
         assert store.check() == []
     assert bad.exists()
+
+
+def test_a_name_that_no_adapter_can_have_is_refused_and_the_rest_is_packed(made: Folders, tmp_path: Path) -> None:
+    names = {"a": "added", "caf\udce9": "refused", "new\nline": "refused", "x" * 501: "refused", "b": "added"}
+    with AdapterStore.create(tmp_path / "store", manifest_of(made.adapter)) as store:
+        packed = list(pack(store, dict.fromkeys(names, made.adapter)))
+        assert {one.name: one.outcome for one in packed} == names
+        assert all("name: expected" in str(one.reason) for one in packed if one.outcome == "refused")
+        assert list(store) == ["a", "b"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.int8, None], ids=str)

@@ -8,6 +8,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from loraxs_ext.layers import BASE, build_route, routed
+from loraxs_ext.layers.routing import Route
 
 from .helpers import K, N, add, expected_output, make_layer
 
@@ -59,6 +60,35 @@ def test_rows_repeated_over_beams_keep_their_adapter(layer):
     with routed([layer], NAMES):
         alone, together = layer(x), layer(beams)
     torch.testing.assert_close(together, alone.repeat_interleave(3, dim=0))
+
+
+def test_what_a_route_keeps_follows_its_slots_and_the_basis(layer):
+    x = torch.randn(2, 3, K)
+    with routed([layer], ["default", "wide"]):
+        for change in ("nothing", "slots in place", "other slots", "other rows", "basis"):
+            if change == "slots in place":
+                layer.route.slots.copy_(torch.tensor([-1, 0]))
+            elif change == "other slots":
+                layer.route.slots = torch.tensor([1, -1], dtype=torch.int32)
+            elif change == "other rows":
+                x = torch.randn(4, 3, K)
+            elif change == "basis":
+                layer.set_basis(-2 * layer.loraxs_A, layer.loraxs_Bt)
+            got = layer(x)
+            fresh = Route(layer.route.slots.clone(), layer.route.pages, layer.route.adapter)
+            kept, layer.route = layer.route, fresh
+            assert torch.equal(layer(x), got), change
+            layer.route = kept
+
+
+def test_a_route_makes_nothing_twice(layer):
+    x = torch.randn(6, 2, K)
+    with routed([layer], ["default", "wide"]):
+        first, second = layer.paths(x)[0], layer.paths(x)[0]
+        assert first.a is second.a and first.b is second.b and first.slots is second.slots
+        with torch.inference_mode():
+            layer.route.slots = layer.route.slots.clone()
+        assert layer.paths(x)[0].slots is not layer.paths(x)[0].slots
 
 
 def test_one_slot_per_token(layer):

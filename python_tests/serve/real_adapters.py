@@ -25,7 +25,6 @@ QUESTIONS = (
     "What is the capital of France?",
     "Name a colour.",
     "How do I boil an egg?",
-    "Tell me about the sea.",
 )
 
 
@@ -37,7 +36,7 @@ def ask(tokenizer: PreTrainedTokenizerBase, question: str) -> list[int]:
 
 
 def train(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, *, rank: int = 16, steps: int = 10
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, *, rank: int = 16, steps: int = 8
 ) -> dict[str, Path]:
     """Train an adapter of each style, save it, and return the folders by name; `model` is left without adapters."""
     torch.manual_seed(0)

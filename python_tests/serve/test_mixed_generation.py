@@ -191,3 +191,16 @@ def test_greedy_generation_compiled(llama: Scene):
         generate(llama.model, ids, cache_implementation="static")
     with torch._dynamo.config.patch(error_on_recompile=True), loraxs_ext.adapters(llama.model, NAMES):
         assert torch.equal(generate(llama.model, ids, cache_implementation="static"), expected)
+
+
+def test_adapters_with_a_magnitude_are_mixed_in_a_peft_model(llama: Scene):
+    case = llama.case
+    model = case.model(use_edora=True)
+    model.add_adapter("plain", case.config(r=6, init_seed=1))
+    ids = llama.ids(3)
+    with loraxs_ext.adapters(model.eval(), ["default", "plain", None]):
+        mixed = generate(model, ids)
+    for row, name in enumerate(["default", "plain"]):
+        model.set_adapter(name)
+        assert torch.equal(mixed[row : row + 1], generate(model, ids[row : row + 1]))
+    assert torch.equal(mixed[2:], generate(llama.base, ids[2:]))

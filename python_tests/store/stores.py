@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from loraxs_ext.store import AdapterRow, AdapterStore, Manifest, RowLayout, Segment, in_dtype
@@ -31,6 +32,7 @@ def row(name: str, seed: int = 0, rank: int = RANK, dtype: torch.dtype = torch.f
 
 
 def create(path: Path, **options: Any) -> AdapterStore:
+    pytest.importorskip("lmdb")
     return AdapterStore.create(path, manifest(), **options)
 
 

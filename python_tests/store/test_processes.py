@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -284,3 +285,10 @@ def test_compaction_while_others_read_and_write(tmp_path: Path) -> None:
             assert small.put(uniform("gone", 1)) == 2
         with pytest.raises(FileExistsError):
             store.compact(tmp_path / "small")
+
+
+def test_without_lmdb_the_error_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stores.create(tmp_path / "store").close()
+    monkeypatch.setitem(sys.modules, "lmdb", None)
+    with pytest.raises(ImportError, match=r'pip install "loraxs-ext\[serve\]"'):
+        AdapterStore(tmp_path / "store")

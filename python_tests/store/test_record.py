@@ -151,7 +151,6 @@ def flipped(path: Path) -> bytes:
 
 
 def test_a_damaged_record_is_reported_and_the_others_stay_readable(tmp_path: Path) -> None:
-    pytest.importorskip("lmdb")
     problems, store = damaged(tmp_path / "s", "adapters", b"bob", flipped(tmp_path / "t"))
     with store:
         assert len(problems) == 1 and "adapter 'bob': expected the checksum" in problems[0]

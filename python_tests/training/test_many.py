@@ -197,9 +197,9 @@ def test_gradients_outside_the_route_are_refused(llama):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"use_edora": True}, "use_edora.*not the magnitudes of EDoRA"),
+        ({"use_edora": True}, "use_edora: expected False.*not the magnitudes of EDoRA"),
         ({"use_tinylora": True}, "use_tinylora.*not TinyLoRA's vectors"),
-        ({"modules_to_save": ["lm_head"], "target_modules": ["q_proj"]}, "modules_to_save.*not heads"),
+        ({"modules_to_save": ["lm_head"], "target_modules": ["q_proj"]}, "modules_to_save: expected None.*not heads"),
         ({"bias": "loraxs_only"}, "bias: expected 'none'"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",

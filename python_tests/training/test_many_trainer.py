@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
-from transformers import AutoTokenizer, TrainerCallback, TrainingArguments
+from peft import get_peft_model
+from transformers import AutoTokenizer, LlamaForCausalLM, TrainerCallback, TrainingArguments
 
+from loraxs_ext import LoraXSConfig
+from loraxs_ext.store import AdapterStore
 from loraxs_ext.training.folder import RunFolder
 from loraxs_ext.training.instruction import Pad
 from loraxs_ext.training.many.trainer import ManyAdaptersTrainer
@@ -14,6 +20,7 @@ from loraxs_ext.training.trainer import Keeper
 from .test_many import many_adapters
 from .tiny import sums
 
+ROOT = Path(__file__).parents[2]
 USERS = ("even", "odd", "seven")
 
 
@@ -143,8 +150,13 @@ def test_the_best_checkpoint_is_loaded(llama, tmp_path, rows):
 
 
 def test_arguments_that_do_not_fit_are_refused(llama, tmp_path, rows):
-    with pytest.raises(ValueError, match="remove_unused_columns: expected False"):
-        make_trainer(llama, tmp_path, rows, remove_unused_columns=True)
+    for options, message in (
+        ({"remove_unused_columns": True}, "remove_unused_columns: expected False"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor: expected 0.0, got 0.1"),
+        ({"optim": "adafactor"}, "optim: expected 'adamw_torch'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make_trainer(llama, tmp_path, rows, **options)
     with pytest.raises(ValueError, match="adapter: expected one of 2 adapters or its slot, got 'seven'"):
         make_trainer(llama, tmp_path, rows, USERS[:2])
     with pytest.raises(ValueError, match="lr_scheduler_type: expected a function of the step"):
@@ -153,3 +165,25 @@ def test_arguments_that_do_not_fit_are_refused(llama, tmp_path, rows):
         ).train()
     with pytest.raises(ValueError, match="train_dataset: expected rows"):
         make_trainer(llama, tmp_path, None).train()
+
+
+def test_the_guide_runs_as_printed(llama, tmp_path, rows, monkeypatch):
+    pytest.importorskip("lmdb")
+    monkeypatch.chdir(tmp_path)
+    guide = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    section = guide.partition("## Many adapters at once")[2].partition("\n## ")[0]
+    names = dict(zip(USERS, ("ann", "bob", "cat"), strict=True))
+    named = [{**row, "adapter": names[row["adapter"]]} for row in rows]
+    batch = Pad(0)(rows[:3])
+    scope = {
+        "get_peft_model": get_peft_model, "LoraXSConfig": LoraXSConfig, "TrainingArguments": TrainingArguments,
+        "model": LlamaForCausalLM.from_pretrained(llama), "collate": Pad(0), "rows": named, "dev_rows": named[:4],
+        "ids": batch["input_ids"], "mask": batch["attention_mask"], "labels": batch["labels"],
+    }  # fmt: skip
+    loop, trainer, files = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    for block in (loop, trainer, files):
+        exec(block, scope)
+        assert scope["many"].rows.isfinite().all()
+    assert {path.name for path in (tmp_path / "adapters").iterdir()} == {"ann", "bob", "cat"}
+    with AdapterStore(tmp_path / "adapters.store", readonly=True) as store:
+        assert len(store) == 3

@@ -108,7 +108,7 @@ class SlotAdamW(torch.optim.Optimizer):
         if not state:
             state["step"] = torch.zeros(len(rows), dtype=torch.int64)
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(rows), torch.zeros_like(rows)
-        elif state["step"].is_cuda:
+        elif state["step"].device.type != "cpu":
             # A loaded state comes to the device of the rows as a whole.
             state["step"] = state["step"].cpu()
         return state

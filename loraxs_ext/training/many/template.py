@@ -31,8 +31,9 @@ def check_template(model: PeftModel) -> list[LoraXSLayer]:
         "ensure_weight_tying": "tied R matrices",
     }
     for field, what in refused.items():
-        if getattr(config, field):
-            raise ValueError(f"model: {field}: expected {None!r}: a row holds R matrices, not {what}")
+        if value := getattr(config, field):
+            expected = False if value is True else None
+            raise ValueError(f"model: {field}: expected {expected}, because a row holds R matrices and not {what}")
     if config.bias != "none":
         raise ValueError(f"model: bias: expected 'none', got {config.bias!r}")
     layers = [module for module in model.modules() if isinstance(module, LoraXSLayer)]
