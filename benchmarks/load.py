@@ -74,7 +74,7 @@ class Plan(NamedTuple):
     put: int
 
 
-FULL = Plan(200, 90.0, 2, 8, 200, 24, 16, 16, 24, 0.2, 200)
+FULL = Plan(200, 90.0, 2, 8, 200, 24, 16, 16, 24, 1.0, 200)
 TINY = Plan(20, 2.0, 1, 3, 6, 4, 6, 6, 6, 0.02, 10)
 # Text for a prompt, by (adapter's content, prompt); None where there is no one right text.
 Right = Mapping[tuple[int | None, int], str | None]

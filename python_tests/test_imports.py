@@ -171,3 +171,9 @@ def test_import_does_not_initialise_cuda() -> None:
 def test_import_does_not_bring_lmdb() -> None:
     # A base install has none; the error that names the extra comes when a store is opened.
     assert run_python("import sys, loraxs_ext.store, loraxs_ext.cli; print('lmdb' in sys.modules)") == "False"
+
+
+def test_import_does_not_bring_what_the_server_needs() -> None:
+    """It comes with the extra `serve`; the command line has to be there without it."""
+    code = "import sys, loraxs_ext.serve, loraxs_ext.cli; print({'starlette', 'uvicorn', 'pydantic'} & {*sys.modules})"
+    assert run_python(code) == "set()"
