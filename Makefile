@@ -41,10 +41,10 @@ demo: $(STATE)/package $(STATE)/extra-demo ## fine-tune three real adapters, ser
 	$(PY) -m examples.demo $(ARGS)
 
 # The tests run the demo and the training scripts too, in small.
-test: $(STATE)/package $(STATE)/extra-test $(STATE)/extra-demo $(STATE)/extra-train ## run all tests (no GPU, no nvcc needed)
+test: $(STATE)/package $(STATE)/extra-test $(STATE)/extra-demo $(STATE)/extra-train $(STATE)/extra-serve ## run all tests (no GPU, no nvcc needed)
 	$(PY) -m pytest python_tests --durations=15 $(ARGS)
 
-bench: $(STATE)/package $(STATE)/extra-bench ## run the benchmarks; each checks its results before it prints a figure
+bench: $(STATE)/package $(STATE)/extra-bench $(STATE)/extra-serve ## run the benchmarks; each checks its results before it prints a figure
 	$(PY) -m pytest benchmarks --benchmark-only $(ARGS)
 
 vllm-check: $(VLLM_STATE)/package ## vLLM with the plugin against our answers, in an environment of its own: 3 GB, minutes

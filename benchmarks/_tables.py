@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
+from benchmarks import _serving_tables
+
 Result = Mapping[str, Any]
 Row = Mapping[str, Any]
 
@@ -105,6 +107,11 @@ def comparison_table(result: Result) -> str:
     return markdown(result)
 
 
+def serving_tables(result: Result) -> str:
+    """Tokens per second, the store, the trace, the promises."""
+    return _serving_tables.tables(result, table, VERDICTS)
+
+
 def generic_table(result: Result) -> str:
     """Any rows: what is a plain value in all of them, and the median or value of what is nested."""
     flat = [_flatten(row) for row in result["rows"]]
@@ -115,6 +122,7 @@ def generic_table(result: Result) -> str:
 # The first that fits a file makes its tables.
 TABLES: tuple[tuple[Callable[[Result], bool], Callable[[Result], str]], ...] = (
     (lambda result: result.get("kind") == "comparison", comparison_table),
+    (lambda result: result.get("kind") == "serving", serving_tables),
     (lambda result: "ceilings" in result, gpu_tables),
     (lambda result: "loraxs_over_naive" in result["rows"][0], linear_tables),
     (lambda result: any("seconds_for_96" in row for row in result["rows"]), basis_tables),

@@ -25,12 +25,12 @@ if __package__ in (None, ""):
 import torch  # noqa: E402
 
 from benchmarks._measure import RESULTS  # noqa: E402
-from benchmarks.gpu.cells import BASIS, KINDS  # noqa: E402
+from benchmarks.gpu.cells import BASIS, KINDS, SERVING  # noqa: E402
 from benchmarks.gpu.collect import Collector  # noqa: E402
 from benchmarks.gpu.stages import Deadline, build, sanitize, test  # noqa: E402
 
 STAGES = ("build", "tests", "sanitizer")
-MEASURED = (*KINDS, BASIS)
+MEASURED = (*KINDS, BASIS, SERVING)
 TOTAL_SECONDS = 560.0
 # Kept back for writing the result and for the end of the cell that is under way.
 RESERVE_SECONDS = 12.0
@@ -89,6 +89,8 @@ def show(result: dict[str, Any]) -> None:
             print(f"    no figure for {name}: {reason}")
     for row in result["basis"]:
         print(f"basis     {row}")
+    for row in result["serving"]:
+        print(f"serving   {row}")
     for failure in result["failures"]:
         print(f"FAILED {failure}")
     for verdict in result["targets"]:

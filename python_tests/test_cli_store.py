@@ -99,9 +99,10 @@ def test_pack_makes_a_store_like_an_adapter(made: Folders, tmp_path: Path, capsy
     users = made.base.parent / "users"
     assert run("pack", tmp_path / "store", users, "--like", large) == 0
     assert told(capsys, "store", "info", tmp_path / "store")["ranks"] == {"6": 6}
-    assert "--like: expected for a new store only" in refused(
-        capsys, "pack", tmp_path / "store", users, "--like", large
-    )
+    for option, value in (("--like", large), ("--keep", 2)):
+        assert f"{option}: expected for a new store only" in refused(
+            capsys, "pack", tmp_path / "store", users, option, value
+        )
     assert run("pack", tmp_path / "store", large) == 0
     assert run("pack", tmp_path / "small", users) == 0
     assert "expected a rank of at most 4, the store's, got 6" in refused(capsys, "pack", tmp_path / "small", large)
@@ -112,6 +113,7 @@ def test_pack_wants_adapters_and_a_store(made: Folders, tmp_path: Path, capsys: 
     assert "expected a folder" in refused(capsys, "pack", tmp_path / "store", tmp_path / "nowhere")
     assert "--jobs: expected at least 1" in refused(capsys, "pack", tmp_path / "store", made.base, "--jobs", 0)
     assert "expected an adapter store" in refused(capsys, "pack", made.base, made.adapter)
+    assert "keep: expected at least 1 version" in refused(capsys, "pack", tmp_path / "store", made.adapter, "--keep", 0)
     bad = rewrite(made.adapter, tmp_path / "bad", use_edora=True)
     assert "nothing but R" in refused(capsys, "pack", tmp_path / "store", bad)
     assert not (tmp_path / "store").exists()
@@ -121,6 +123,8 @@ def test_list(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert _printed(capsys, "store", "list", store) == "alice\nbob\nteam/carol\n"
     assert _printed(capsys, "store", "list", store, "--prefix", "team/") == "team/carol\n"
     assert told(capsys, "store", "list", store, "--after", "alice", "--limit", 1) == ["bob"]
+    assert "--limit: expected 0 or more, got -1" in refused(capsys, "store", "list", store, "--limit", -1)
+    assert "prefix: expected text that UTF-8 can hold" in refused(capsys, "store", "list", store, "--prefix", "\udcff")
     assert _printed(capsys, "store", "list", store, "--no-lock") == "alice\nbob\nteam/carol\n"
     assert "no data.mdb there" in refused(capsys, "store", "list", store / "x")
 
@@ -141,9 +145,10 @@ def test_check(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = store / "data.mdb"
     with AdapterStore(store) as opened:
         needle = opened.row("bob").numbers.numpy().tobytes()
+    # Everywhere, for a page that is free now may hold a copy.
     whole = data.read_bytes()
-    at = whole.index(needle)
-    data.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+    assert needle in whole
+    data.write_bytes(whole.replace(needle, bytes([needle[0] ^ 1]) + needle[1:]))
     assert "adapter 'bob': expected the checksum" in refused(capsys, "store", "check", store)
     assert "adapter 'bob': expected the checksum" in refused(capsys, "store", "export", store, store.parent / "out")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from loraxs_ext import cli
+from loraxs_ext.commands.train import report
 from python_tests.training.tiny import reviews, save_bert, write_jsonl
 
 yaml = pytest.importorskip("yaml")
@@ -73,6 +75,13 @@ def test_usage(config, capsys):
         assert stopped.value.code == 2
     assert cli.main(["eval", str(config)]) == 1
     assert "expected a finished run" in capsys.readouterr().err
+
+
+def test_one_process_speaks_for_all(capsys, monkeypatch):
+    for rank, expected in (("0", "steps           3\n"), ("1", "")):
+        monkeypatch.setenv("RANK", rank)
+        assert report("train", argparse.Namespace(json=False), lambda _: {"steps": 3}) == 0
+        assert capsys.readouterr().out == expected
 
 
 def test_print_config(capsys):

@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 KINDS = ("decode", "prefill", "training", "edora", "stacked")
-# Measured beside the cells: the bases of whole models (`basis.measure`).
-BASIS = "basis"
+# Measured beside the cells: the bases of whole models (`basis.measure`), a decoder that serves (`serving.measure`).
+BASIS, SERVING = "basis", "serving"
 
 # (N, K): square, up, down and key/value projections of an 8B model.
 WIDTHS = ((4096, 4096), (14336, 4096), (4096, 14336), (1024, 4096))

@@ -42,6 +42,7 @@ class Collector:
         self.rows: dict[int, dict[str, Any]] = {}
         self.memory: dict[str, Any] | None = None
         self.basis: list[dict[str, Any]] = []
+        self.serving: list[dict[str, Any]] = []
         self.failures: list[dict[str, Any]] = []
         self.planned: list[str] = []
 
@@ -116,6 +117,9 @@ class Collector:
             self.memory = event["row"]
         elif kind == "basis":
             self.basis = event["rows"]
+        elif kind == "serving":
+            # A worker that was started again begins anew.
+            self.serving = [row for row in self.serving if not _same_cell(row, event["row"])] + [event["row"]]
         elif kind == "row":
             row = event["row"]
             if self.dry:
@@ -141,15 +145,20 @@ class Collector:
             "dry_run": self.dry,
             "ceilings": {} if self.dry else self.ceilings,
             "stages": self.stages,
-            "targets": [] if self.dry else judge(rows, self.memory),
+            "targets": [] if self.dry else judge(rows, self.memory, self.serving),
             "memory": self.memory,
             "basis": self.basis,
+            "serving": self.serving,
             "failures": self.failures,
             "missing": [cell for number, cell in enumerate(self.planned) if number not in self.rows],
             "rows": rows,
         }
         write_json(self.path, result)
         return result
+
+
+def _same_cell(row: dict[str, Any], other: dict[str, Any]) -> bool:
+    return (row["what"], row.get("adapters")) == (other["what"], other.get("adapters"))
 
 
 def _lines(stream: IO[str]) -> queue.Queue[str | None]:

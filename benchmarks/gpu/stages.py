@@ -110,7 +110,7 @@ def _parts() -> dict[str, Part]:
         for op, selected in ops.items()
         for size in ("large", "small")
     }
-    parts |= {name: Part([f"{GPU_TESTS}/test_{name}.py"]) for name in ("hazards", "graphs", "layers")}
+    parts |= {name: Part([f"{GPU_TESTS}/test_{name}.py"]) for name in ("hazards", "graphs", "layers", "distributed")}
     parts["elsewhere"] = Part(["python_tests", f"--ignore={GPU_TESTS}"])
     # The C++ kernels own what they compute only where they are asked for.
     parts["C++ kernels"] = Part([GPU_TESTS, "-k", "loraxs-cuda or CUDA-cuda"], backend="cuda")

@@ -83,12 +83,17 @@ TARGETS = (
 )
 
 
-def judge(rows: Sequence[Row], memory: Row | None) -> list[dict[str, Any]]:
+# Time over that of the base model, or of adapters that stay; for tokens per second of at least 0.95.
+SERVING_TARGETS = {"decode step": 1 / 0.95, "Zipf trace": 1 / 0.95}
+
+
+def judge(rows: Sequence[Row], memory: Row | None, serving: Sequence[Row] = ()) -> list[dict[str, Any]]:
     """Every target with its worst figure and where, for what the dispatcher chose and for every owner called directly.
 
     `met` speaks of what the dispatcher chose; it is null until every cell the target names has a figure.
     """
     verdicts = [_judge(target, rows) for target in TARGETS]
+    verdicts += [_judge_serving(what, limit, serving) for what, limit in SERVING_TARGETS.items()]
     saved = None if memory is None else memory["saved_bytes"][OURS]
     wanted = None if memory is None else memory["expected_bytes"]
     verdicts.append(
@@ -100,6 +105,12 @@ def judge(rows: Sequence[Row], memory: Row | None) -> list[dict[str, Any]]:
         }
     )
     return verdicts
+
+
+def _judge_serving(what: str, limit: float, serving: Sequence[Row]) -> dict[str, Any]:
+    slowest = max((1 / row["ratio"] for row in serving if row["what"] == what), default=None)
+    met = None if slowest is None else slowest <= limit
+    return {"target": f"a decoder, {what}, time over the base", "limit": limit, "worst": slowest, "met": met}
 
 
 def _judge(target: Target, rows: Sequence[Row]) -> dict[str, Any]:

@@ -11,13 +11,14 @@ import dataclasses
 import json
 import sys
 import time
+from functools import partial
 from typing import Any, TextIO
 
 import torch
 
 from benchmarks._measure import environment, gpu_environment
-from benchmarks.gpu import basis
-from benchmarks.gpu.cells import BASIS, KINDS, WIDTHS, Cell, dry_plan, named_cells, plan
+from benchmarks.gpu import basis, serving
+from benchmarks.gpu.cells import BASIS, KINDS, SERVING, WIDTHS, Cell, dry_plan, named_cells, plan
 from benchmarks.gpu.clock import Clock, CpuClock, CudaClock
 from benchmarks.gpu.dry import correct_the_interpreter
 from benchmarks.gpu.limits import measure_ceilings
@@ -34,7 +35,7 @@ def main() -> None:
     parser.add_argument("--until", type=float, required=True, help="time.time() at which to stop")
     parser.add_argument("--first", type=int, default=0, help="number of the cell to begin with")
     parser.add_argument("--exclude", nargs="*", default=[], help="kind:provider of those that broke the device")
-    parser.add_argument("--kinds", nargs="*", default=[*KINDS, BASIS])
+    parser.add_argument("--kinds", nargs="*", default=[*KINDS, BASIS, SERVING])
     parser.add_argument("--seconds", type=float, default=0.5, help="of alternation per cell")
     parser.add_argument("--dry-run", action="store_true")
     arguments = parser.parse_args()
@@ -55,14 +56,18 @@ def main() -> None:
     if arguments.first == 0 and "training" in kinds:
         tell(stream, "memory", row=measure_memory(_memory_cell(dry), device))
     # After what the targets name, before the rest of the grid.
-    basis_before = min(sum(cell in named_cells() for cell in cells), len(cells))
+    models_before = min(sum(cell in named_cells() for cell in cells), len(cells))
     for number in range(arguments.first, len(cells) + 1):
         if time.time() > arguments.until:
             break
-        if number == basis_before and BASIS in kinds and f"{BASIS}:{BASIS}" not in arguments.exclude:
+        if number == models_before and BASIS in kinds and f"{BASIS}:{BASIS}" not in arguments.exclude:
             tell(stream, "begin", cell=number, kind=BASIS, provider=BASIS)
             rows = basis.measure(device, dry=dry, bandwidth=None if dry else ceilings.bandwidth)
             tell(stream, "basis", rows=rows)
+        if number == models_before and SERVING in kinds and f"{SERVING}:{SERVING}" not in arguments.exclude:
+            begin = partial(tell, stream, "begin", cell=number, kind=SERVING, provider=SERVING)
+            for row in serving.measure(device, clock=clock, dry=dry, begin=lambda what, begin=begin: begin(what=what)):
+                tell(stream, "serving", row=row)
         if number == len(cells):
             break
         row = measure(

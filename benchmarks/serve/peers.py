@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
 from transformers import PreTrainedModel
 
 from benchmarks.serve.loop import Run, timed_generate
@@ -30,8 +31,12 @@ class PeftLora:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             peft: Any = get_peft_model(model, config, self.names[0], autocast_adapter_dtype=False)
+            layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
             for name in self.names[1:]:
-                peft.add_adapter(name, config, autocast_adapter_dtype=False)
+                # add_adapter() walks over all adapters of all modules for every new one: minutes for 64.
+                peft.peft_config[name] = config
+                for layer in layers:
+                    layer.update_layer(name, RANK, lora_alpha=1, config=config)
         peft.eval().requires_grad_(False)
         # As in `workload.prepare`.
         head.requires_grad_(True)

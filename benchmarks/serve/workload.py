@@ -14,8 +14,8 @@ from loraxs_ext.basis import Recipe, decompose, sketch
 from loraxs_ext.store import AdapterRow, Manifest, RowLayout, Segment
 
 RANK = 4
-# Of an R whose entries are independent: adapters that change a third of the tokens, and keep the text a text.
-STD = 0.05
+# Of an R whose entries are independent: adapters that change most of the text, and keep it a text.
+STD = 0.1
 # Adapters whose numbers are drawn together.
 BLOCK = 1000
 
@@ -112,9 +112,14 @@ def targets(model: PreTrainedModel) -> dict[str, nn.Linear]:
 def manifest_of(model: PreTrainedModel, rank: int = RANK) -> Manifest:
     """The basis that adapters of `model` stand on."""
     recipe = Recipe()
-    factors = decompose({name: m.weight.detach() for name, m in targets(model).items()}, rank, recipe, progress=False)
+    weights = {name: module.weight.detach() for name, module in targets(model).items()}
+    sketches = {}
+    for name, found in decompose(weights, rank, recipe, progress=False).items():
+        # As a layer keeps them.
+        a, bt = (part.to(weights[name].dtype) for part in (found.a, found.bt))
+        sketches[name] = sketch(found._replace(a=a, bt=bt))
     config = {"r": rank, "lora_alpha": rank, "target_modules": "all-linear"}
-    return Manifest("", recipe.to_dict(), config, {name: sketch(found) for name, found in factors.items()})
+    return Manifest("", recipe.to_dict(), config, sketches)
 
 
 class RandomAdapters:
@@ -124,12 +129,19 @@ class RandomAdapters:
         keys: of the modules.
         count: how many there are.
         rank: of every module.
+        std: of their numbers.
+        manifest: their basis, for a pool that reads them from here and not from a store.
     """
 
-    def __init__(self, keys: Sequence[str], count: int, rank: int = RANK) -> None:
+    def __init__(
+        self, keys: Sequence[str], count: int, rank: int = RANK, std: float = STD, manifest: Manifest | None = None
+    ) -> None:
         self.layout = RowLayout(Segment(key, rank) for key in keys)
         self.count = count
-        self._recent = lru_cache(maxsize=8)(self.block)
+        self._std = std
+        self.manifest = manifest
+        # Whoever reads single rows reads them often.
+        self._kept = lru_cache(maxsize=None)(self.block)
 
     def name(self, i: int) -> str:
         """Of the adapter i; names are in the order of their numbers."""
@@ -143,7 +155,7 @@ class RandomAdapters:
         """fp16 [at most BLOCK, layout.size], the numbers of the adapters from number·BLOCK on."""
         rows = min(BLOCK, self.count - number * BLOCK)
         generator = torch.Generator().manual_seed(number)
-        return torch.randn(rows, self.layout.size, generator=generator).mul_(STD).half()
+        return torch.randn(rows, self.layout.size, generator=generator).mul_(self._std).half()
 
     def blocks(self) -> Iterator[list[AdapterRow]]:
         """All adapters in order, block by block."""
@@ -164,7 +176,7 @@ class RandomAdapters:
         if prefix != "user" or not digits.isdigit() or int(digits) >= self.count:
             raise KeyError(name)
         number, i = divmod(int(digits), BLOCK)
-        return self._recent(number)[i]
+        return self._kept(number)[i]
 
     def version(self, name: str) -> int:
         """1: adapters are never replaced."""

@@ -12,7 +12,7 @@ namespace {
 
 // Columns of y are dealt out in blocks, tokens in vectors or tiles; a chunk of tokens is packed so that its panels fill
 // a quarter of an L2.
-constexpr int64_t kColumnGrain = 32, kTokenGrain = 16, kMaxTokens = 512, kMaxRank = 256, kPanelBytes = 1 << 19;
+constexpr int64_t kColumnGrain = 32, kTokenGrain = 16, kMaxTokens = 512, kMaxRank = 256, kPanelBytes = 1 << 20;
 
 // Up to here fp32 runs as dot products along K: lanes that hold tokens would be mostly empty. Columns go in strips
 // whose rows of W stay in L2 from one block of tokens to the next.
@@ -118,7 +118,8 @@ class Call {
         // b is needed after the product, and would then be waited for.
         for (int64_t j = 0; j < g_.r; ++j)
           for (int64_t c = 0; c < columns; c += 16) __builtin_prefetch(g_.bt + j * g_.N + n + c);
-        dense.project({g_.x, weight_ + n * g_.K, y, g_.K, g_.K, g_.N, g_.M, g_.K, columns, 1.f, nullptr, 0, false});
+        dense.project(
+            {g_.x, weight_ + n * g_.K, y, g_.K, g_.K, g_.N, g_.M, g_.K, columns, 1.f, nullptr, 0, false, g_.N - n});
         if (bias_)
           for (int64_t m = 0; m < g_.M; ++m)
             for (int64_t c = 0; c < columns; ++c) y[m * g_.N + c] += bias_[n + c];

@@ -41,11 +41,14 @@ inline void pack_single(const Pack<float, float>& g) {
   }
 }
 
-// sum[i][v] += panel[k][v] * w[i][k * step] for k < depth.
+// sum[i][v] += panel[k][v] * w[i][k * step] for k < depth. The R rows at `next`, if any, are asked for meanwhile, a
+// line of one of them at a time.
 template <int R, int V>
 [[gnu::always_inline]] inline void add_products(__m512 (&sum)[R][V], const float* panel, const float* const (&w)[R],
-                                                int64_t step, int64_t depth) {
+                                                int64_t step, int64_t depth, const float* next, int64_t ldnext) {
   for (int64_t k = 0; k < depth; ++k, panel += V * kLanes) {
+    if (next && k % (kLanes / R) == 0)
+      __builtin_prefetch(next + k / (kLanes / R) % R * ldnext + k / kLanes * kLanes, 0, kIntoL2);
     __m512 x[V];
     for (int v = 0; v < V; ++v) {
       x[v] = _mm512_load_ps(panel + v * kLanes);
@@ -58,29 +61,9 @@ template <int R, int V>
   }
 }
 
-// Tokens m .. m + 16 V, `rows` of the R columns from n: sums arrive with tokens in lanes and leave as rows of y.
+// Columns n .. n + rows of y for the tokens m .. m + 16 V, as sums with tokens in lanes.
 template <int R, int V>
-inline void store_block(const __m512 (&sum)[R][V], float* y, int64_t ldy, int64_t tokens, int64_t rows) {
-  constexpr int halves = 16 / R;  // vectors of tokens that one transposition turns
-  const __mmask16 mask = Vec<float>::first(int(rows));
-  for (int v = 0; v < V; v += halves) {
-    __m512i in[16], out[16];
-    for (int h = 0; h < halves; ++h)
-      for (int i = 0; i < R; ++i)
-        in[h * R + i] = v + h < V ? _mm512_castps_si512(sum[i][v + h < V ? v + h : 0]) : _mm512_setzero_si512();
-    transpose_words(in, out);
-    for (int h = 0; h < halves && v + h < V; ++h) {
-      const int64_t m0 = (v + h) * kLanes, count = least(kLanes, tokens - m0);
-      for (int64_t m = 0; m < count; ++m) {
-        const __m512i row = h == 0 ? out[m] : _mm512_shuffle_i64x2(out[m], out[m], 0x4e);
-        _mm512_mask_storeu_epi32(y + (m0 + m) * ldy, mask, row);
-      }
-    }
-  }
-}
-
-template <int R, int V>
-void product_block(const Product<float>& g, int64_t m, int64_t n, int64_t rows) {
+void sum_block(const Product<float>& g, int64_t m, int64_t n, int64_t rows, __m512 (*out)[V]) {
   const float *w[R], *b[R];
   for (int i = 0; i < R; ++i) {
     const int64_t column = n + least(i, rows - 1);  // past the end: repeat, do not store
@@ -88,45 +71,58 @@ void product_block(const Product<float>& g, int64_t m, int64_t n, int64_t rows) 
     b[i] = g.b + column;
   }
   const float* x = g.x + m * g.K;
+  const float* next = m == 0 && n + 2 * R <= g.n1 ? g.w + (n + R) * g.ldw : nullptr;
   __m512 total[R][V];
   for (int64_t k = 0; k < g.K; k += kSumPiece) {
     const int64_t depth = least(kSumPiece, g.K - k);
     __m512 sum[R][V];
     for (int i = 0; i < R; ++i)
       for (int v = 0; v < V; ++v) sum[i][v] = _mm512_setzero_ps();
-    add_products<R, V>(sum, x + k * V * kLanes, w, 1, depth);
+    add_products<R, V>(sum, x + k * V * kLanes, w, 1, depth, next ? next + k : nullptr, g.ldw);
     for (int i = 0; i < R; ++i) {
       w[i] += depth;
       for (int v = 0; v < V; ++v) total[i][v] = k == 0 ? sum[i][v] : _mm512_add_ps(total[i][v], sum[i][v]);
     }
   }
-  if (g.q) {
-    add_products<R, V>(total, g.q + m * g.r, b, g.ldb, g.r);
+  if (g.q) add_products<R, V>(total, g.q + m * g.r, b, g.ldb, g.r, nullptr, 0);
+  for (int i = 0; i < R; ++i) {
+    const __m512 bias = _mm512_set1_ps(g.bias ? g.bias[n + least(i, rows - 1)] : 0);
+    for (int v = 0; v < V; ++v) out[i][v] = g.bias ? _mm512_add_ps(total[i][v], bias) : total[i][v];
   }
-  if (g.bias)
-    for (int i = 0; i < R; ++i)
-      for (int v = 0; v < V; ++v)
-        total[i][v] = _mm512_add_ps(total[i][v], _mm512_set1_ps(g.bias[n + least(i, rows - 1)]));
-  store_block<R, V>(total, (g.y ? g.y : g.p) + m * g.ldy + n, g.ldy, least(V * kLanes, g.M - m), rows);
+}
+
+// A whole line of y for each of the tokens m .. m + 16 V: half a line now and the other half when the panels have been
+// through once more would fetch it twice.
+template <int R, int V>
+void product_block(const Product<float>& g, int64_t m, int64_t n) {
+  __m512 sum[kLanes][V];
+  const int64_t rows = least(kLanes, g.n1 - n);
+  for (int64_t i = 0; i < rows; i += R) sum_block<R, V>(g, m, n + i, least(R, rows - i), sum + i);
+  const __mmask16 mask = Vec<float>::first(int(rows));
+  for (int v = 0; v < V; ++v) {
+    __m512i in[16], out[16];
+    for (int i = 0; i < 16; ++i) in[i] = i < rows ? _mm512_castps_si512(sum[i][v]) : _mm512_setzero_si512();
+    transpose_words(in, out);
+    const int64_t m0 = m + v * kLanes, count = least(kLanes, g.M - m0);
+    for (int64_t i = 0; i < count; ++i)
+      _mm512_mask_storeu_epi32((g.y ? g.y : g.p) + (m0 + i) * g.ldy + n, mask, out[i]);
+  }
 }
 
 inline void product_single(const Product<float>& g) {
-  // Few tokens: more rows instead, as independent sums hide the latency of a multiply-add.
-  const int64_t R = g.M <= kLanes ? 16 : 8;
-  for (int64_t n = g.n0; n < g.n1; n += R) {
-    const int64_t rows = least(R, g.n1 - n);
+  for (int64_t n = g.n0; n < g.n1; n += kLanes)
     for (int64_t m = 0; m < g.M; m += g.tokens) {
       const int64_t left = least(g.tokens, g.M - m);
-      if (R == 16)
-        product_block<16, 1>(g, m, n, rows);
+      // Few tokens: more rows instead, as independent sums hide the latency of a multiply-add.
+      if (g.M <= kLanes)
+        product_block<16, 1>(g, m, n);
       else if (left > 2 * kLanes)
-        product_block<8, 3>(g, m, n, rows);
+        product_block<8, 3>(g, m, n);
       else if (left > kLanes)
-        product_block<8, 2>(g, m, n, rows);
+        product_block<8, 2>(g, m, n);
       else
-        product_block<8, 1>(g, m, n, rows);
+        product_block<8, 1>(g, m, n);
     }
-  }
 }
 
 constexpr Fused<float> fused_single{kPanelTokens, same_depth, same_depth, pack_single, pack_single, product_single};

@@ -28,7 +28,11 @@ inline void pack_tiles(const Pack<bf16, bf16>& g) {
   for (int64_t m = 0; m < g.M; m += kTile)
     for (int64_t k = 0; k < g.depth; k += kTileDepth, out += kTileElements) {
       __m512i line[16];
-      for (int64_t i = 0; i < kTile; ++i) line[i] = x.line(m + i, k);
+      for (int64_t i = 0; i < kTile; ++i) {
+        line[i] = x.line(m + i, k);
+        // Rows are too short for the hardware to learn where they go on.
+        if (m + 2 * kTile <= g.M) __builtin_prefetch(g.rows + (m + kTile + i) * g.ld + k);
+      }
       transpose_pairs(line, out);
     }
 }

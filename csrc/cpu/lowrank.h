@@ -36,6 +36,7 @@ struct Project {
   const Dropout* dropout;  // null: keep everything
   int64_t row0;            // absolute row of x[0], the dropout counter
   bool wide;               // enough rows in the whole problem for matrix tiles; not a property of this call's share
+  int64_t ahead = 0;       // how many rows from a on are to be asked for a block early, because they come from memory
 };
 
 // out[m, n] = in[m, n] + keep(row0 + m, col0 + n) * sum_i q[m, i] b[i, n];  b contiguous along n.

@@ -103,10 +103,25 @@ bool rotate_run(const Rotate<A, P>& g, int64_t m, int64_t count, const P* page) 
 // From this many rows on, a run beats row by row (Sapphire Rapids, r = 4 to 64).
 constexpr int64_t kRun = 8;
 
+// Pages of different slots are as far apart as rows of a slab, and each begins with a miss: they are asked for this
+// many rows early, or the beginning of them: the hardware goes on by itself.
+constexpr int64_t kRowsAhead = 8, kLine = 64, kPageLines = 16;
+
+template <class A, class P>
+void ask_for_page(const Rotate<A, P>& g, int64_t m) {
+  if (m >= g.M || g.slots[m] < 0) return;
+  const P* page = g.pages + g.slots[m] * g.page_stride;
+  constexpr int64_t line = kLine / int64_t(sizeof(P));
+  for (int64_t i = 0; i < least(g.r * g.r, kPageLines * line); i += line) __builtin_prefetch(page + i);
+}
+
 template <class A, class P>
 void rotate(const Rotate<A, P>& g) {
+  if (g.slots)
+    for (int64_t m = 0; m < kRowsAhead; ++m) ask_for_page(g, m);
   for (int64_t m = 0, end = 0; m < g.M; m = end) {
     const int64_t slot = g.slots ? g.slots[m] : 0;
+    if (g.slots) ask_for_page(g, m + kRowsAhead);
     for (end = g.slots ? m + 1 : g.M; end < g.M && g.slots[end] == slot;) ++end;
     if (slot < 0) {
       for (int64_t i = m * g.r; i < end * g.r; ++i) g.q[i] = 0;

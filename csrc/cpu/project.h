@@ -54,12 +54,15 @@ struct Dot<bf16> {
 };
 #endif
 
+constexpr int kIntoL2 = 2;  // the locality of a prefetch
+
 constexpr int64_t kDepth = 1024;  // 6 fp32 rows of it are 24 KiB, half an L1
 
-// p[m, i] += alpha * x[m] . a[i] over k < depth for R rows and all ranks; `fresh` overwrites instead of adding.
+// p[m, i] += alpha * x[m] . a[i] over k < depth for R rows and all ranks; `fresh` overwrites instead of adding. The J
+// rows of a that come next are asked for meanwhile, as long as they are among the first `ahead`.
 template <class T, int R, int J>
 void dot_block(const typename Dot<T>::Staged* x, int64_t ldx, const T* a, int64_t lda, int64_t depth, int64_t r,
-               acc_t<T>* p, int64_t ldp, acc_t<T> alpha, bool fresh) {
+               acc_t<T>* p, int64_t ldp, acc_t<T> alpha, bool fresh, int64_t ahead) {
   using D = Dot<T>;
   using V = typename D::V;
   static_assert(J % 4 == 0);
@@ -73,6 +76,8 @@ void dot_block(const typename Dot<T>::Staged* x, int64_t ldx, const T* a, int64_
     for (; k + D::step <= depth; k += D::step) {
       typename D::Operand ta[J];
       for (int j = 0; j < J; ++j) ta[j] = D::load(rank[j] + k);
+      if (i + 2 * J <= ahead)
+        for (int j = 0; j < J; ++j) __builtin_prefetch(a + (i + J + j) * lda + k, 0, kIntoL2);
       for (int m = 0; m < R; ++m) {
         const typename D::Operand tx = D::load(x + m * ldx + k);
         for (int j = 0; j < J; ++j) sum[m][j] = D::madd(sum[m][j], tx, ta[j]);
@@ -141,7 +146,7 @@ void project_rows(const Project<T>& g, int64_t m) {
       }
       x = stage;
     }
-    dot_block<T, R, J>(x, ldx, g.a + k, g.lda, depth, g.r, g.p + m * g.ldp, g.ldp, g.alpha, k == 0);
+    dot_block<T, R, J>(x, ldx, g.a + k, g.lda, depth, g.r, g.p + m * g.ldp, g.ldp, g.alpha, k == 0, g.ahead);
   }
 }
 

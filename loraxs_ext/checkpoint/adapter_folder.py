@@ -9,6 +9,7 @@ import functools
 import json
 import math
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -32,6 +33,11 @@ _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 _SEEDS = {"I64": torch.int64}
 _PARTS = {"weight", "v", "sketch", "a", "bt", "seed", "projections"}
 _HEADER_LIMIT = 1 << 25
+_MAX_DIMENSIONS = 8
+# Of the P of a TinyLoRA module, which a few bytes of a file can ask for: 256 MB.
+_MAX_DRAWN = 1 << 26
+# JSON has whole numbers that no float holds.
+_MAX_ALPHA = 1e30
 
 
 class AdapterFolder(NamedTuple):
@@ -122,6 +128,9 @@ def _config(text: str) -> LoraXSConfig:
     values: dict[str, Any] = json.loads(text)
     if values.get("peft_type") != "LORAXS":
         raise ValueError(f"{ADAPTER_CONFIG}: peft_type: expected 'LORAXS', got {values.get('peft_type')!r}")
+    for field in ("rank_pattern", "alpha_pattern"):
+        _check_pattern(field, values.get(field) or {})
+    _check_number("lora_alpha", values.get("lora_alpha", 1))
     config = config_of(values)
     for what, present in {
         "magnitudes (use_edora)": config.use_edora,
@@ -133,6 +142,25 @@ def _config(text: str) -> LoraXSConfig:
         if present:
             raise ValueError(f"expected an adapter of nothing but R, got one that also trains {what}")
     return config
+
+
+def _check_pattern(field: str, pattern: object) -> None:
+    """Refuse what is no mapping from regular expressions to numbers."""
+    if not isinstance(pattern, dict):
+        raise ValueError(f"{ADAPTER_CONFIG}: {field}: expected an object of numbers by name, got {pattern!r:.100}")
+    for name, value in pattern.items():
+        try:
+            re.compile(name)
+        except re.error as reason:
+            raise ValueError(
+                f"{ADAPTER_CONFIG}: {field}: expected regular expressions, got {name!r:.100}: {reason}"
+            ) from None
+        _check_number(f"{field}: {name}", value)
+
+
+def _check_number(field: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < _MAX_ALPHA:
+        raise ValueError(f"{ADAPTER_CONFIG}: {field}: expected a finite number, got {value!r:.100}")
 
 
 @functools.lru_cache(maxsize=8)
@@ -206,7 +234,12 @@ def _entry(name: str, entry: object) -> tuple[str, tuple[int, ...], tuple[int, i
     values = entry if isinstance(entry, dict) else {}
     lists = [values.get("shape"), values.get("data_offsets")]
     whole = all(isinstance(x, list) and all(type(n) is int and 0 <= n < 1 << 48 for n in x) for x in lists)
-    if not whole or len(values["data_offsets"]) != 2 or not isinstance(values.get("dtype"), str):
+    if (
+        not whole
+        or len(values["data_offsets"]) != 2
+        or len(values["shape"]) > _MAX_DIMENSIONS
+        or not isinstance(values.get("dtype"), str)
+    ):
         raise ValueError(f"{name}: expected dtype, shape and place of a tensor, got {entry!r:.100}")
     begin, end = values["data_offsets"]
     return values["dtype"], tuple(values["shape"]), (begin, end)
@@ -256,6 +289,8 @@ def _tiny_matrices(config: LoraXSConfig, plan: _Plan, data: bytearray) -> Tensor
         v = vectors.setdefault(group, parts["v"].read(data) if "v" in parts else torch.empty(0))
         if v.shape != (config.u,):
             raise ValueError(f"{key}: expected v [{config.u}], got {list(v.shape)}")
+        if config.u * r * r > _MAX_DRAWN:
+            raise ValueError(f"{key}: expected P of at most {_MAX_DRAWN} numbers, got [{config.u}, {r}, {r}]")
         if "projections" in parts:
             p = parts["projections"].read(data)
         else:

@@ -20,7 +20,8 @@ from loraxs_ext.basis.sketching import compare_sketches
 from loraxs_ext.peft import LoraXSConfig
 from loraxs_ext.peft.transport import root_mean_square
 from loraxs_ext.peft.verify import flip_signs
-from loraxs_ext.store import AdapterRow, AdapterStore, Manifest, RowLayout, in_dtype
+from loraxs_ext.store import AdapterRow, AdapterStore, DamagedRecord, Manifest, RowLayout, in_dtype
+from loraxs_ext.store.names import encode_name
 
 from .adapter_folder import PREFIX, SKETCH_ROWS, config_of, read_adapter_folder
 from .output import atomic_folder
@@ -184,6 +185,7 @@ def pack(
     def read(entry: tuple[str, Path]) -> AdapterRow | Packed:
         name, folder = entry
         try:
+            encode_name(name)
             row = row_of(name, folder, store.manifest)
             return row if dtype is None else in_dtype(row, dtype)
         except (OSError, ValueError, TypeError) as reason:
@@ -215,8 +217,8 @@ def _compared(store: AdapterStore, row: AdapterRow) -> Outcome:
         there = store.row(row.name)
     except KeyError:
         return "added"
-    except ValueError:
-        # Damaged, so it is no loss.
+    except DamagedRecord:
+        # So it is no loss.
         return "replaced"
     same = there.layout == row.layout and there.numbers.dtype == row.numbers.dtype
     for ours, theirs in ((row.numbers, there.numbers), (row.steps, there.steps)):

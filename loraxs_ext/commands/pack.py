@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry-run", action="store_true", help="say what would be done and write nothing")
     new = parser.add_argument_group("for a new store")
     new.add_argument("--like", metavar="DIR", type=Path, help="adapter with the store's basis, targets and ranks")
-    new.add_argument("--keep", type=int, default=1, help="versions of an adapter to keep (default %(default)s)")
+    new.add_argument("--keep", type=int, metavar="N", help="versions of an adapter to keep (default 1)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
 
 
@@ -81,14 +81,17 @@ def _pack(arguments: argparse.Namespace, stack: ExitStack) -> dict[str, int]:
 def _open(arguments: argparse.Namespace, folders: Mapping[str, Path], stack: ExitStack) -> AdapterStore:
     """The store; a new one for a dry run where there is none yet is thrown away."""
     if arguments.store.exists():
-        if arguments.like is not None:
-            raise ValueError(f"--like: expected for a new store only, and {arguments.store} exists")
+        for option in ("like", "keep"):
+            if getattr(arguments, option) is not None:
+                raise ValueError(f"--{option}: expected for a new store only, and {arguments.store} exists")
         return stack.enter_context(AdapterStore(arguments.store, readonly=arguments.dry_run))
     manifest = _manifest([arguments.like] if arguments.like else list(folders.values()))
     path = arguments.store
     if arguments.dry_run:
         path = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "store"
-    return stack.enter_context(AdapterStore.create(path, manifest, keep=arguments.keep))
+    return stack.enter_context(
+        AdapterStore.create(path, manifest, keep=1 if arguments.keep is None else arguments.keep)
+    )
 
 
 def _manifest(folders: list[Path]) -> Manifest:

@@ -68,6 +68,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _list(store: AdapterStore, arguments: argparse.Namespace) -> int:
+    if arguments.limit is not None and arguments.limit < 0:
+        raise ValueError(f"--limit: expected 0 or more, got {arguments.limit}")
     names = store.names(arguments.prefix, arguments.after, arguments.limit)
     if arguments.json:
         print(json.dumps(list(names), indent=2))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -32,6 +32,7 @@ class Route:
         exact: refuse x of more rows than `slots`. generate() has more, for beams and returned sequences.
         scale: s of all pages; 1 where every page has its own scaling folded in.
         p_drop: dropout probability on the input of the low-rank path, for training.
+        fused: what the layer then calls in eager mode, `LoraXSLinear.fused`; None to look at everything at every call.
     """
 
     slots: Tensor
@@ -41,6 +42,7 @@ class Route:
     exact: bool = False
     scale: float = 1.0
     p_drop: float = 0.0
+    fused: Callable[[Tensor], Tensor] | None = None
     # What a decoder would make anew for hundreds of layers at every step, each with what it was made of.
     _basis: tuple[Tensor | None, Tensor | None, tuple[Tensor, Tensor]] | None = field(
         default=None, init=False, repr=False, compare=False

@@ -90,6 +90,11 @@ class TinyCore(Core):
         # Autocast would round v; leaving it costs as much as the product, so it is left only where it is on.
         with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
             vector = complete(self.vector)
+            if len(vector) != self.u:
+                raise RuntimeError(
+                    f"weight_tying: expected the {self.u} numbers of v, got {len(vector)}: FSDP1 has divided v, which "
+                    f"another block owns; use FSDP2, or weight_tying=0"
+                )
             return (vector.to(placed.device, placed.dtype) @ placed.flatten(1)).view(placed.shape[1:])
 
     @property

@@ -34,6 +34,8 @@ class FolderCache:
         if limit < 0:
             raise ValueError(f"limit: expected a number of bytes, got {limit}")
         self.root, self.limit = root.absolute(), limit
+        # Beyond the limit for the sake of those in use; to be looked at when one of them is let go of.
+        self._crowded = False
 
     @contextmanager
     def hold(self, digest: str, make: Callable[[Path], None]) -> Iterator[Path]:
@@ -64,6 +66,8 @@ class FolderCache:
             yield path
         finally:
             os.close(descriptor)
+            if self._crowded:
+                self._evict()
 
     def _evict(self) -> None:
         """Remove what is beyond the limit, and what killed processes left half made."""
@@ -82,9 +86,10 @@ class FolderCache:
         total = sum(size for _, size, _ in entries)
         for _, size, path in sorted(entries):
             if total <= self.limit:
-                return
+                break
             if _remove(path):
                 total -= size
+        self._crowded = total > self.limit
 
 
 def _lock(path: Path, kind: int) -> int | None:

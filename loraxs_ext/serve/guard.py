@@ -23,8 +23,9 @@ Send = Callable[[Message], Awaitable[None]]
 _FOR_CLIENTS = {"v1", "api", "metrics"}
 _FOR_ADMINISTRATORS = {"admin"}
 # A client that is still sending would not read the answer, so up to this many times the limit is thrown away before it.
+# For so many seconds at most, and so many without anything.
 _DISCARDED = 8
-_DISCARD_SECONDS = 5.0
+_DISCARD_SECONDS, _SILENT_SECONDS = 5.0, 0.5
 
 
 class Guard:
@@ -126,15 +127,12 @@ class _Body:
 
     async def discard(self) -> None:
         """Read what is still coming, within reason."""
-
-        async def read() -> None:
-            while not self._complete and self._bytes <= _DISCARDED * self._limit:
-                self._count(await self._receive())
-
-        try:
-            await asyncio.wait_for(read(), _DISCARD_SECONDS)
-        except asyncio.TimeoutError:
-            pass
+        end = time.monotonic() + _DISCARD_SECONDS
+        while not self._complete and self._bytes <= _DISCARDED * self._limit and time.monotonic() < end:
+            try:
+                self._count(await asyncio.wait_for(self._receive(), _SILENT_SECONDS))
+            except asyncio.TimeoutError:
+                return
 
     def _count(self, message: Message) -> int:
         self._bytes += len(message.get("body", b""))

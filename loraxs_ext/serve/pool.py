@@ -219,6 +219,8 @@ class AdapterPool:
                 "model: expected adapters that are neither merged nor disabled, got some; unmerge them first"
             )
         routes = [Route(slots, pages, POOL, exact=True) for pages in self._pages]
+        for placed, route in zip(self.layers, routes, strict=True):
+            route.fused = placed.fused(route)
         routes += [Route(slots, None, BASE) for _ in self._others]
 
         def assign(new: Tensor) -> None:

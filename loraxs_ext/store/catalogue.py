@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from .environment import Database, Environment, Transaction
 from .folder import new_folder
 from .layout import RowLayout
 from .manifest import Manifest
-from .names import encode_name
+from .names import encode_name, encode_text
 from .record import DamagedRecord, Draft, decode, encode, version_of
 from .row import AdapterRow
 from .upkeep import Statistics, check, statistics
@@ -149,9 +149,18 @@ class AdapterStore:
         Raises:
             KeyError: there is none.
         """
-        key = encode_name(name)
+        return self.current_versions([name])[0]
+
+    def current_versions(self, names: Sequence[str]) -> list[int]:
+        """`version` of several adapters, in one state of the store.
+
+        Raises:
+            KeyError: one of them is not there.
+        """
+        keys = [encode_name(name) for name in names]
         with self._environment.reading() as (txn, dbs):
-            return version_of(self._found(name, txn.get(key, db=dbs["adapters"])))
+            records = [txn.get(key, db=dbs["adapters"]) for key in keys]
+            return [version_of(self._found(name, record)) for name, record in zip(names, records, strict=True)]
 
     def row(self, name: str, version: int | None = None) -> AdapterRow:
         """The adapter; its numbers are a copy and stay valid.
@@ -199,8 +208,11 @@ class AdapterStore:
             prefix: only names that begin with it.
             after: only names beyond this one, to go on where an earlier call stopped.
             limit: at most so many.
+
+        Raises:
+            ValueError: `prefix` or `after` is not text that UTF-8 can hold.
         """
-        start, position = prefix.encode(), None if after is None else after.encode()
+        start, position = encode_text("prefix", prefix), None if after is None else encode_text("after", after)
         left = limit
         while left is None or left > 0:
             size = _PAGE if left is None else min(left, _PAGE)
@@ -382,8 +394,9 @@ class AdapterStore:
 
 
 def _versioned(key: bytes, version: int) -> bytes:
-    """The key of an older version; a name holds no zero byte."""
-    return b"%b\0%b" % (key, _COUNTER.pack(version)) if 0 <= version < 1 << 64 else key
+    """The key of an older version in the history; a name holds no zero byte."""
+    # What is no version of anything has the key of nothing.
+    return b"%b\0%b" % (key, _COUNTER.pack(version)) if 0 < version < 1 << 64 else b"\0"
 
 
 def _older(txn: Transaction, dbs: dict[str, Database], key: bytes) -> list[int]:

@@ -183,7 +183,6 @@ class Environment:
                 max_spare_txns=0,
                 # Point reads of a store that does not fit the memory.
                 readahead=False,
-                meminit=False,
                 create=not self.readonly,
                 mode=0o644,
                 **self._options,

@@ -15,14 +15,24 @@ def encode_name(name: str) -> bytes:
         TypeError: it is not a string.
         ValueError: it is empty, too long, or holds control characters or half a surrogate pair.
     """
-    if not isinstance(name, str):
-        raise TypeError(f"name: expected a string, got {name!r}")
-    try:
-        key = name.encode()
-    except UnicodeEncodeError:
-        raise ValueError(f"name: expected text that UTF-8 can hold, got {name!r:.80}") from None
+    key = encode_text("name", name)
     if not 1 <= len(key) <= MAX_BYTES:
         raise ValueError(f"name: expected 1 to {MAX_BYTES} bytes of UTF-8, got {len(key)}: {name!r:.80}")
     if not name.isprintable() and any(unicodedata.category(character) == "Cc" for character in name):
         raise ValueError(f"name: expected no control characters, got {name!r:.80}")
     return key
+
+
+def encode_text(argument: str, text: str) -> bytes:
+    """The bytes of a name or a part of one.
+
+    Raises:
+        TypeError: it is not a string.
+        ValueError: it holds half a surrogate pair.
+    """
+    if not isinstance(text, str):
+        raise TypeError(f"{argument}: expected a string, got {text!r}")
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{argument}: expected text that UTF-8 can hold, got {text!r:.80}") from None

@@ -7,9 +7,10 @@ import time
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from importlib import import_module
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 from .row import RowSource
 from .slab import Slab
@@ -170,6 +171,10 @@ class Pager:
         self.close()
 
     def _versions(self, names: list[str]) -> list[int]:
+        together = getattr(self.source, "current_versions", None)
+        if together is not None:
+            with suppress(KeyError):  # One by one, below, it is known which.
+                return cast(list[int], together(names))
         versions = []
         for name in names:
             try:

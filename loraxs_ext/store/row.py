@@ -29,7 +29,10 @@ class AdapterRow(NamedTuple):
 
 
 class RowSource(Protocol):
-    """Where rows come from: a store, or anything that answers by name. Called from several threads."""
+    """Where rows come from: a store, or anything that answers by name. Called from several threads.
+
+    A source that can tell many versions sooner than one by one has `current_versions` as well, as `AdapterStore` does.
+    """
 
     def version(self, name: str) -> int:
         """The current version of the adapter; KeyError if there is none."""

@@ -18,7 +18,7 @@ from transformers.integrations import TensorBoardCallback
 from loraxs_ext.peft.gathering import gather_adapter, unwrapped
 
 from .folder import RunFolder
-from .settings import Run, TrainingSettings
+from .settings import InstructionRun, Run, TrainingSettings
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,7 @@ def make_trainer(
         callbacks.append(TensorBoardCallback(_summary_writer(folder, step)))
     trainer = AdapterTrainer(
         run.training,
+        isinstance(run, InstructionRun),
         model=prepared.model,
         args=arguments,
         train_dataset=prepared.train,
@@ -116,12 +117,16 @@ class AdapterTrainer(Trainer):
 
     Args:
         training: settings of the optimiser.
+        per_token: whether the loss is a mean over tokens, which rows have different numbers of.
         arguments: of the Trainer.
     """
 
-    def __init__(self, training: TrainingSettings, **arguments: Any) -> None:
+    def __init__(self, training: TrainingSettings, per_token: bool, **arguments: Any) -> None:
         super().__init__(**arguments)
         self.training = training
+        # A classifier takes the arguments of a loss per token and ignores them: it returns the mean over its rows. The
+        # Trainer, which believes that it obeys, would not average over accumulated batches and processes.
+        self.model_accepts_loss_kwargs &= per_token
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Of the parameters of `model`, once FSDP1 has wrapped it, or of those of the model as it is."""

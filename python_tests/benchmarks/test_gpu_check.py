@@ -59,6 +59,8 @@ def test_dry_run_walks_everything_and_records_no_figure(tmp_path):
     }
     assert [row["kind"] for row in found["rows"]] == list(KINDS)
     assert found["failures"] == [] and found["missing"] == [] and found["basis"]
+    assert [row["what"] for row in found["serving"]] == ["decode step", "decode step", "attach", "Zipf trace"]
+    assert not {"ratio", "tokens_per_second", "p50_us"} & {name for row in found["serving"] for name in row}
     for row in found["rows"]:
         assert row["failed"] == {} and "times" not in row and "ratio" not in row
         assert {"F.linear", "loraxs"} <= set(row["errors"])
@@ -213,7 +215,7 @@ def test_a_worker_that_breaks_is_started_again_without_the_culprit(tmp_path, mon
     monkeypatch.setattr(collect, "WORKER", [sys.executable, str(worker)])
     monkeypatch.setattr(collect, "SILENCE_SECONDS", 2.0)
     collector = collect.Collector(tmp_path / "x.json", Deadline(60), commit="abc", is_dry=False)
-    monkeypatch.setattr(collect, "judge", lambda rows, memory: [])
+    monkeypatch.setattr(collect, "judge", lambda *_: [])
     collector.measure(("decode",), 0.1, time.time() + 50)
     result = json.loads((tmp_path / "x.json").read_text())
     assert len(result["rows"]) == 3 and result["missing"] == []
@@ -226,7 +228,7 @@ def test_at_the_deadline_what_is_missing_is_listed(tmp_path, monkeypatch):
     worker = tmp_path / "worker.py"
     worker.write_text(WORKER.replace("FAULT", "time.sleep(60)"))
     monkeypatch.setattr(collect, "WORKER", [sys.executable, str(worker)])
-    monkeypatch.setattr(collect, "judge", lambda rows, memory: [])
+    monkeypatch.setattr(collect, "judge", lambda *_: [])
     start = time.monotonic()
     collector = collect.Collector(tmp_path / "x.json", Deadline(3), commit=None, is_dry=False)
     collector.measure(("decode",), 0.1, time.time() + 2)

@@ -222,6 +222,10 @@ NAME = "base_model.model.model.layers.0.self_attn.q_proj.loraxs_R."
         ({NAME + "v": torch.zeros(5)}, {"use_tinylora": True, "u": 5}, "expected a sketch and a seed"),
         ({}, {"r": -1}, "r: expected a positive integer, got -1"),
         ({}, {"r": "4"}, "r: expected an int, got '4'"),
+        ({}, {"lora_alpha": 10**400}, "lora_alpha: expected a finite number, got 1000"),
+        ({}, {"rank_pattern": [1]}, r"rank_pattern: expected an object of numbers by name, got \[1\]"),
+        ({}, {"alpha_pattern": {"(": 2}}, r"alpha_pattern: expected regular expressions, got '\('"),
+        ({}, {"alpha_pattern": {"q_proj": None}}, "alpha_pattern: q_proj: expected a finite number, got None"),
         ({}, {"peft_type": None}, "peft_type: expected 'LORAXS', got None"),
     ],
 )
@@ -230,6 +234,17 @@ def test_files_that_are_not_what_they_should_be(
 ) -> None:
     with pytest.raises((ValueError, TypeError), match=message):
         manifest_of(rewrite(made.adapter, tmp_path / "bad", changes, **fields))
+
+
+def test_a_few_bytes_cannot_ask_for_all_memory(made: Folders, tmp_path: Path) -> None:
+    """The P of a TinyLoRA are drawn, not stored: 80 kB of a file may ask for gigabytes."""
+    tiny = rewrite(another(made, tmp_path / "tiny", use_tinylora=True, u=2), tmp_path / "huge", r=40_000)
+    file = tiny / "adapter_model.safetensors"
+    parts = load_file(file)
+    name = next(name for name in parts if name.endswith("sketch"))
+    save_file({**parts, name: torch.zeros(5, 40_000)}, file)
+    with pytest.raises(ValueError, match=r"expected P of at most \d+ numbers, got \[2, 40000, 40000\]"):
+        manifest_of(tiny)
 
 
 def test_damaged_files(made: Folders, tmp_path: Path) -> None:
@@ -242,6 +257,7 @@ def test_damaged_files(made: Folders, tmp_path: Path) -> None:
     lies = [
         {**header, first: {**header[first], "shape": [1 << 40]}},
         {**header, first: {**header[first], "shape": [-1, 16]}},
+        {**header, first: {**header[first], "shape": [1 << 47] * 100_000}},
         {**header, first: {**header[first], "data_offsets": header[second]["data_offsets"]}},
         {name: entry for name, entry in header.items() if name != first},
         {**header, first: 3},
@@ -305,6 +321,15 @@ def test_packing_again_does_only_what_is_new(made: Folders, tmp_path: Path, monk
         assert outcomes(dtype=torch.float16)["b"] == "replaced"
         assert store.check() == []
     assert bad.exists()
+
+
+def test_a_name_that_no_adapter_can_have_is_refused_and_the_rest_is_packed(made: Folders, tmp_path: Path) -> None:
+    names = {"a": "added", "caf\udce9": "refused", "new\nline": "refused", "x" * 501: "refused", "b": "added"}
+    with AdapterStore.create(tmp_path / "store", manifest_of(made.adapter)) as store:
+        packed = list(pack(store, dict.fromkeys(names, made.adapter)))
+        assert {one.name: one.outcome for one in packed} == names
+        assert all("name: expected" in str(one.reason) for one in packed if one.outcome == "refused")
+        assert list(store) == ["a", "b"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.int8, None], ids=str)

@@ -15,7 +15,7 @@ from transformers import TrainerState
 from loraxs_ext.training import make_run
 from loraxs_ext.training.train import train
 from loraxs_ext.training.trainer import Keeper
-from python_tests.training.tiny import save_llama, sums, write_jsonl
+from python_tests.training.tiny import reviews, save_bert, save_llama, sums, write_jsonl
 
 FSDP2 = {
     "ACCELERATE_USE_FSDP": "true",
@@ -34,6 +34,9 @@ def prepare(folder: Path) -> None:
     save_llama(folder / "llama")
     write_jsonl(folder / "train.jsonl", sums(32))
     write_jsonl(folder / "dev.jsonl", sums(8, seed=1))
+    save_bert(folder / "bert", dropout=0.0)
+    write_jsonl(folder / "reviews.jsonl", reviews(32))
+    write_jsonl(folder / "dev reviews.jsonl", reviews(8, seed=1))
 
 
 def values(folder: Path, output: str, batch: int) -> dict[str, Any]:
@@ -49,6 +52,17 @@ def values(folder: Path, output: str, batch: int) -> dict[str, Any]:
     }
 
 
+def reviews_run(folder: Path, output: str, **steps: int) -> dict[str, Any]:
+    """The values of a classifier's run: a loss per row, a head that is trained completely."""
+    return {
+        "output": str(folder / output),
+        "model": {"name": str(folder / "bert")},
+        "adapter": {"r": 4, "lora_alpha": 4, "target_modules": ["query", "value"]},
+        "data": {"train": str(folder / "reviews.jsonl"), "dev": str(folder / "dev reviews.jsonl")},
+        "training": {"max_steps": 4, "log_steps": 1, "cpu": True, **steps},
+    }
+
+
 def train_all(folder: Path) -> dict[str, Any]:
     """The results of all runs, on every process."""
     found: dict[str, Any] = {}
@@ -61,6 +75,7 @@ def train_all(folder: Path) -> dict[str, Any]:
             seen.clear()
             found[f"{name}, interrupted"] = train(interrupted)
         found[f"{name}, kind"], found[f"{name}, first step"] = seen[0]
+    found["classifier"] = train(make_run(reviews_run(folder, "classifier", batch=4)))
     return found
 
 

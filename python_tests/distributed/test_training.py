@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.multiprocessing
+from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from . import runs
 from .ways import ALONE, WAYS, batches, gather_adapter, save_base, serve, train
 from .world import WEIGHTS, WORLD, work
 
-pytest.importorskip("tensorboard")
-
 pytestmark = pytest.mark.slow
 
+ROOT = Path(__file__).parents[2]
 CELLS = [f"{name}, {kind}" for name, way in WAYS.items() for kind in way.kinds]
 # Sums in another order, which Adam's first steps of equal size carry into R; half precision rounds them.
 LOSS = {"FSDP2 bf16": 5e-3, "FSDP2 mixed": 5e-3}
@@ -104,6 +108,10 @@ def test_fsdp1_gives_the_adapter_to_the_first_process(results: list[dict[str, An
     assert results[0]["ways"]["FSDP1, LoRA-XS"]["values"] and not results[1]["ways"]["FSDP1, LoRA-XS"]["values"]
 
 
+def test_nested_fsdp1_is_saved_completely(results: list[dict[str, Any]], folder: Path) -> None:
+    assert set(results[0]["nested"]) == set(load_file(folder / "alone" / "LoRA-XS" / WEIGHTS))
+
+
 def test_ddp_never_sends_the_basis(results: list[dict[str, Any]]) -> None:
     for result in results:
         noted = result["broadcasts"]
@@ -141,13 +149,14 @@ def test_masks_agree_where_they_must(results: list[dict[str, Any]]) -> None:
 @pytest.fixture(scope="module")
 def single(folder: Path) -> dict[str, Any]:
     """`loraxs train` in one process, on as many rows a step."""
+    pytest.importorskip("tensorboard")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LORAXS_CACHE", str(folder / "cache alone"))
         return runs.train(runs.make_run(runs.values(folder, "single", 4 * WORLD)))
 
 
 @pytest.mark.parametrize("name", ["DDP", "FSDP2"])
-def test_loraxs_train(results: list[dict[str, Any]], single: dict[str, Any], folder: Path, name: str) -> None:
+def test_loraxs_train(results: list[dict[str, Any]], single: dict[str, Any], name: str) -> None:
     expected = load_file(Path(single["adapter"]) / WEIGHTS)
     for result in results:
         assert result["runs"][f"{name}, kind"] == ("DTensor" if name == "FSDP2" else "Tensor")
@@ -162,3 +171,32 @@ def test_loraxs_train(results: list[dict[str, Any]], single: dict[str, Any], fol
             assert found.keys() == expected.keys()
             for key, tensor in found.items():
                 torch.testing.assert_close(tensor, expected[key], rtol=0, atol=1e-4, msg=key)
+
+
+def test_a_classifier_has_the_mean_loss_of_its_rows(
+    results: list[dict[str, Any]], single: dict[str, Any], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over processes, and over accumulated batches."""
+    monkeypatch.setenv("LORAXS_CACHE", str(folder / "cache alone"))
+    together = runs.train(runs.make_run(runs.reviews_run(folder, "together", batch=8)))
+    in_turn = runs.train(runs.make_run(runs.reviews_run(folder, "in turn", batch=4, accumulate=2)))
+    assert together["loss"]["first"] == pytest.approx(0.69, abs=0.05)  # ln 2
+    expected = load_file(Path(together["adapter"]) / WEIGHTS)
+    for run in (results[0]["runs"]["classifier"], in_turn):
+        for when in ("first", "last"):
+            assert run["loss"][when] == pytest.approx(together["loss"][when], rel=1e-4)
+        for key, tensor in load_file(Path(run["adapter"]) / WEIGHTS).items():
+            torch.testing.assert_close(tensor, expected[key], rtol=0, atol=1e-4, msg=key)
+
+
+def test_the_tensor_parallel_example_runs(folder: Path) -> None:
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(WORLD)]
+    given = {"model": folder / "llama", "train": folder / "train.jsonl", "output": folder / "example", "epochs": 2}
+    options = [f"--{name}={value}" for name, value in given.items()]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "LORAXS_CACHE": str(folder / "cache alone")}
+    command = [sys.executable, *launch, "examples/tensor_parallel.py", *options]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    losses = [float(line.rpartition(" ")[2]) for line in done.stdout.splitlines() if line.startswith("epoch ")]
+    assert len(losses) == 8 and losses[-1] < losses[0] - 0.5
+    PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder / "llama"), folder / "example")

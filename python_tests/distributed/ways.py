@@ -17,6 +17,7 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.distributed import DistributedConfig
+from transformers.integrations.tensor_parallel import TensorParallelLayer
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from loraxs_ext.basis import across_ranks
@@ -31,11 +32,20 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
+# A width that two processes can't halve, where transformers divides such.
+INTERMEDIATE = 49 if hasattr(TensorParallelLayer, "_from_local_last_dim_shard") else 48
+
+
 def save_base(folder: Path) -> None:
-    """Biases everywhere, which must be added once, and a width that two processes can't halve."""
+    """Biases everywhere, which must be added once."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-    options = {"intermediate_size": 49, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False}
+    options = {
+        "intermediate_size": INTERMEDIATE,
+        "attention_bias": True,
+        "mlp_bias": True,
+        "tie_word_embeddings": False,
+    }
     model = LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, **sizes, **options))
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -5,20 +5,22 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from peft import PeftModel, get_peft_model, set_peft_model_state_dict
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.distributed.fsdp import FullStateDictConfig, FullyShardedDataParallel, StateDictType
 
 from loraxs_ext.peft import gather_adapter
 
 from . import runs
-from .ways import WAYS, batches, config, load_base, run, spread_ddp, spread_fsdp2
+from .ways import WAYS, batches, config, load_base, run, spread_ddp, spread_fsdp1, spread_fsdp2
 
 WORLD = 2
 WEIGHTS = "adapter_model.safetensors"
@@ -91,6 +93,15 @@ def sharded_state(folder: Path, adapters: Path) -> dict[str, Any]:
     }
 
 
+def nested_fsdp1(folder: Path) -> list[str]:
+    """What PEFT takes for the adapter out of the complete state dict of a model whose blocks FSDP1 wraps one by one."""
+    model = spread_fsdp1(get_peft_model(load_base(folder / "base", "cpu"), config("LoRA-XS")), "cpu")
+    complete = FullStateDictConfig(offload_to_cpu=False, rank0_only=True)
+    with FullyShardedDataParallel.state_dict_type(model, StateDictType.FULL_STATE_DICT, complete):
+        state_dict = model.state_dict()
+    return list(get_peft_model_state_dict(model.module, state_dict=state_dict))
+
+
 def loaded_under_tp(folder: Path, adapters: Path) -> dict[str, Any]:
     """An adapter that DDP trained, in a model that tensor parallelism divides; dropout; merging."""
     base = load_base(folder / "base", "cpu", **WAYS["TP"].base())
@@ -132,9 +143,11 @@ def work(rank: int, folder: Path, port: int) -> None:
     results = {
         "ways": run(folder, list(WAYS), "cpu", adapters),
         "broadcasts": broadcasts(folder),
+        "nested": nested_fsdp1(folder),
     }
     dist.barrier()
     results |= {"sharded": sharded_state(folder, adapters), "tp": loaded_under_tp(folder, adapters)}
-    results["runs"] = runs.train_all(folder)
+    if find_spec("tensorboard") is not None:
+        results["runs"] = runs.train_all(folder)
     torch.save(results, folder / f"results{rank}")
     dist.destroy_process_group()

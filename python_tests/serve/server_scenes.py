@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+import http.client
+import json
+import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlparse
 
+import pytest
 import torch
-from openai import OpenAI
 from peft import PeftModel
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+
+pytest.importorskip("lmdb")
+pytest.importorskip("openai")
+pytest.importorskip("prometheus_client")
+pytest.importorskip("python_multipart")
+pytest.importorskip("uvicorn")
+
+from openai import NotFoundError as NotFoundError
+from openai import OpenAI
 
 from loraxs_ext.checkpoint.packing import manifest_of, pack
 from loraxs_ext.serve.auth import Keys
@@ -32,12 +45,11 @@ TEMPLATE = "{% for m in messages %}{{ m.content }} {% endfor %}word9"
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """A token for each of word0, word1, …"""
-    words = Tokenizer(models.WordLevel({f"word{i}": i for i in range(VOCABULARY)}, unk_token="word1"))
+    """A token for each of word2, word3, …"""
+    vocabulary = {"<pad>": 0, "<unk>": 1, **{f"word{i}": i for i in range(2, VOCABULARY)}}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="word0", unk_token="word1", chat_template=TEMPLATE
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", unk_token="<unk>", chat_template=TEMPLATE)
 
 
 @dataclass
@@ -71,7 +83,7 @@ class Site:
     def text(self, adapter: str | None, prompt: str, tokens: int) -> str:
         """The same, from text to text."""
         ids = [int(word.removeprefix("word")) for word in prompt.split()]
-        return " ".join(f"word{token}" for token in self.alone(adapter, ids, tokens))
+        return tokenizer().decode(self.alone(adapter, ids, tokens), skip_special_tokens=True)
 
 
 def make_site(folder: Path) -> Site:
@@ -104,10 +116,12 @@ class Running:
     Attributes:
         service: that it serves.
         url: of its root.
+        stop: ask it to end.
     """
 
     service: Service
     url: str
+    stop: Callable[[], None] = lambda: None
 
     def client(self, key: str = API_KEY, **options) -> OpenAI:
         """A client that neither repeats requests nor waits for ever."""
@@ -115,7 +129,9 @@ class Running:
 
 
 @contextmanager
-def running(site: Site, *, limits: Limits | None = None, keys: bool = True, **options) -> Iterator[Running]:
+def running(
+    site: Site, *, limits: Limits | None = None, keys: bool = True, grace: int = 10, **options
+) -> Iterator[Running]:
     """A server of a site, until the context ends."""
     with AdapterStore(site.store) as store:
         base = type(site.oracle.get_base_model()).from_pretrained(site.model).eval()
@@ -123,14 +139,50 @@ def running(site: Site, *, limits: Limits | None = None, keys: bool = True, **op
         if keys:
             settings |= {"api_keys": Keys([API_KEY]), "admin_keys": Keys([ADMIN_KEY])}
         with build(base, tokenizer(), store, name="tiny", limits=limits or Limits(), **settings) as service:
-            server = Server(service, "127.0.0.1", 0, grace=10)
+            server = Server(service, "127.0.0.1", 0, grace)
             thread = threading.Thread(target=server.run)
+
+            def stop() -> None:
+                server.handle_exit(signal.SIGTERM, None)
+
             thread.start()
             try:
                 while not server.started and thread.is_alive():
                     time.sleep(0.01)
                 port = server.servers[0].sockets[0].getsockname()[1]
-                yield Running(service, f"http://127.0.0.1:{port}")
+                yield Running(service, f"http://127.0.0.1:{port}", stop)
             finally:
-                server.should_exit = True
+                stop()
                 thread.join()
+
+
+def send(server: Running, method: str, path: str, body=None, key: str = API_KEY, **headers):
+    """Status, headers and JSON (or text) of one request, sent as it is."""
+    address = urlparse(server.url)
+    connection = http.client.HTTPConnection(str(address.hostname), address.port, timeout=60)
+    given = {"Content-Type": "application/json", "Authorization": f"Bearer {key}", **headers}
+    try:
+        connection.request(method, path, body, {name: value for name, value in given.items() if value is not None})
+        response = connection.getresponse()
+        text = response.read()
+        return response.status, response.headers, json.loads(text) if text[:1] == b"{" else text.decode()
+    finally:
+        connection.close()
+
+
+def put(server: Running, path: str, files: dict[str, bytes], key: str = ADMIN_KEY):
+    """Send files in a form, as `curl -F` does."""
+    mark = "----a-line-that-is-in-no-file"
+    parts = [
+        f'--{mark}\r\nContent-Disposition: form-data; name="{field}"; filename="{field}"\r\n\r\n'.encode() + content
+        for field, content in files.items()
+    ]
+    body = b"\r\n".join([*parts, f"--{mark}--\r\n".encode()])
+    headers = {"Content-Type": f"multipart/form-data; boundary={mark}"}
+    return send(server, "PUT", f"/admin/adapters/{path}", body, key, **headers)
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """What `put` sends of a folder that PEFT saved."""
+    names = {"config": "adapter_config.json", "weights": "adapter_model.safetensors"}
+    return {field: (folder / name).read_bytes() for field, name in names.items()}

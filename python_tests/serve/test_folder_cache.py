@@ -44,8 +44,8 @@ def test_the_least_recently_used_go_first(tmp_path: Path) -> None:
     assert names(cache) == {"a", "b", "d"}
 
 
-def test_what_is_in_use_stays_beyond_the_limit(tmp_path: Path) -> None:
-    cache = FolderCache(tmp_path, 0)
+def test_what_is_in_use_stays_beyond_the_limit_and_no_longer(tmp_path: Path) -> None:
+    cache = FolderCache(tmp_path, SIZE)
     with ExitStack() as stack:
         held = [stack.enter_context(cache.hold(digest, make)) for digest in ("a", "b", "c")]
         # Twice by the same process is once more.
@@ -53,14 +53,14 @@ def test_what_is_in_use_stays_beyond_the_limit(tmp_path: Path) -> None:
             pass
         touch(cache, "d")
         assert all((folder / "data").is_file() for folder in held)
-    # Nobody uses them any more; the newest stays until the next comes.
+        assert names(cache) == {"a", "b", "c"}
+    assert len(names(cache)) == 1
     touch(cache, "e")
     assert names(cache) == {"e"}
 
 
 def test_a_process_that_holds_keeps_and_one_that_was_killed_does_not(tmp_path: Path) -> None:
     cache = FolderCache(tmp_path, 0)
-    touch(cache, "a")
     context = multiprocessing.get_context("fork")
     held = context.Event()
 
@@ -73,11 +73,11 @@ def test_a_process_that_holds_keeps_and_one_that_was_killed_does_not(tmp_path: P
     other.start()
     assert held.wait(60)
     touch(cache, "b")
-    assert names(cache) == {"a", "b"}
+    assert names(cache) == {"a"}
     other.kill()
     other.join()
     touch(cache, "c")
-    assert names(cache) == {"c"}
+    assert names(cache) == set()
 
 
 def test_of_many_that_want_it_one_makes_it(tmp_path: Path) -> None:

@@ -76,6 +76,14 @@ def test_versions_count_up_through_replacement_deletion_and_return(store: Adapte
     assert store.put_many([stores.row("alice"), stores.row("alice")]) == [5, 6]
 
 
+def test_versions_of_several_adapters_at_once(store: AdapterStore) -> None:
+    store.put_many([stores.row(name) for name in ("alice", "bob", "alice")])
+    assert store.current_versions(["bob", "alice", "bob"]) == [1, 2, 1]
+    assert store.current_versions([]) == []
+    with pytest.raises(KeyError, match="no adapter 'carol'"):
+        store.current_versions(["alice", "carol"])
+
+
 def test_only_the_current_version_is_kept_by_default(store: AdapterStore) -> None:
     store.put(stores.row("alice", 1))
     store.put(stores.row("alice", 2))
@@ -87,7 +95,7 @@ def test_only_the_current_version_is_kept_by_default(store: AdapterStore) -> Non
 
 
 def test_older_versions_are_kept_rolled_back_and_deleted(tmp_path: Path) -> None:
-    with stores.create(tmp_path / "store", keep=3) as store:
+    with stores.create(tmp_path / "store", keep=3, sync=False) as store:
         # A name that begins with another one and a later byte must not get into its history.
         store.put_many([stores.row("alice2", seed) for seed in range(3)])
         for seed in range(300):

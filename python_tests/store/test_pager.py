@@ -114,6 +114,24 @@ def test_unknown_adapters_are_named_and_nothing_is_loaded(pager, source):
     assert idle(pager) and not source.loads
 
 
+def test_a_source_that_tells_many_versions_is_asked_once(source):
+    asked = []
+
+    def current_versions(names):
+        asked.append(list(names))
+        return [source.version(name) for name in names]
+
+    source.current_versions = current_versions
+    with Pager(source, Slab(LAYOUT, 4)) as pager:
+        pager.acquire(["bob", None, "alice", "bob"]).release()
+        source.replace("bob")
+        pager.acquire(["alice", "bob"]).release()
+        with pytest.raises(KeyError, match="no adapter 'unknown' in the source"):
+            pager.acquire(["alice", "unknown"])
+    assert asked == [["bob", "alice"], ["alice", "bob"], ["alice", "unknown"]]
+    assert source.loads == {"alice": 1, "bob": 2}
+
+
 @pytest.mark.parametrize(
     ("error", "expected", "message"),
     [

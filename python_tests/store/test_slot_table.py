@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import _thread
 import random
+import signal
 import subprocess
 import threading
 import time
@@ -274,7 +275,15 @@ def test_close_wakes_everybody():
     assert table.stats()["in_use"] == 0
 
 
-def test_a_signal_ends_a_wait():
+@pytest.fixture
+def interruptible():
+    """A shell that starts a job in the background lets it ignore SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_signal_ends_a_wait(interruptible):
     table = SlotTable(1)
     load(table, ("a", 1))
     timer = threading.Timer(0.05, _thread.interrupt_main)

@@ -150,8 +150,13 @@ def test_the_best_checkpoint_is_loaded(llama, tmp_path, rows):
 
 
 def test_arguments_that_do_not_fit_are_refused(llama, tmp_path, rows):
-    with pytest.raises(ValueError, match="remove_unused_columns: expected False"):
-        make_trainer(llama, tmp_path, rows, remove_unused_columns=True)
+    for options, message in (
+        ({"remove_unused_columns": True}, "remove_unused_columns: expected False"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor: expected 0.0, got 0.1"),
+        ({"optim": "adafactor"}, "optim: expected 'adamw_torch'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make_trainer(llama, tmp_path, rows, **options)
     with pytest.raises(ValueError, match="adapter: expected one of 2 adapters or its slot, got 'seven'"):
         make_trainer(llama, tmp_path, rows, USERS[:2])
     with pytest.raises(ValueError, match="lr_scheduler_type: expected a function of the step"):

@@ -59,10 +59,7 @@ class ManyAdaptersTrainer(Trainer):
         log_adapters: bool = True,
         **more: Any,
     ) -> None:
-        if args.remove_unused_columns:
-            raise ValueError("args: remove_unused_columns: expected False, got True")
-        if args.world_size * max(args.n_gpu, 1) > 1:
-            raise ValueError(f"args: expected one process and device, got {args.world_size} and {args.n_gpu}")
+        _check(args)
         self.many = model
         self.shift = model.template_config.task_type == TaskType.CAUSAL_LM
         self.log_adapters = log_adapters
@@ -209,6 +206,19 @@ class _Losses:
         """By name, of those that had a label."""
         found = [] if self._sums is None else self._sums.tolist()
         return {name: total / items for name, (total, items) in zip(self.names, found, strict=False) if items}
+
+
+def _check(args: TrainingArguments) -> None:
+    """Refuse what would be ignored, or is not made for more than one adapter."""
+    for name in ("remove_unused_columns", "label_smoothing_factor", "torch_compile"):
+        if value := getattr(args, name):
+            raise ValueError(f"args: {name}: expected {type(value)()!r}, got {value!r}")
+    if not str(getattr(args.optim, "value", args.optim)).startswith("adamw_torch"):
+        raise ValueError(
+            f"args: optim: expected 'adamw_torch', which SlotAdamW is for each adapter, got {args.optim!r}"
+        )
+    if args.world_size * max(args.n_gpu, 1) > 1:
+        raise ValueError(f"args: expected one process and device, got {args.world_size} and {args.n_gpu}")
 
 
 def _own_schedule(args: TrainingArguments, steps: Mapping[int, int]) -> Schedule:
