@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import torch
 
-HELP = "serve a model and the adapters of a store over HTTP, as OpenAI's API does"
+HELP = "serve a model and the adapters of a store over HTTP"
 DESCRIPTION = """
 Serve a base model and any adapters of a store, one of them for each request: model "NAME" is the base model and
 "NAME:ADAPTER" an adapter. Adapters may be added, replaced and deleted meanwhile. SIGTERM or SIGINT ends the server when

@@ -42,8 +42,11 @@ class SlotBatching(ContinuousBatchingManager):
         batch_tokens: int | None,
         removed: Callable[[list[str]], None],
     ) -> None:
+        # Up to 5.17, transformers called a page a block.
+        size = "page_size" if "page_size" in ContinuousBatchingConfig.__dataclass_fields__ else "block_size"
+        sizes: dict[str, Any] = {size: page}
         config = ContinuousBatchingConfig(
-            page_size=page,
+            **sizes,
             num_blocks=blocks,
             max_batch_tokens=batch_tokens,
             max_memory_percent=0.8,
@@ -54,7 +57,7 @@ class SlotBatching(ContinuousBatchingManager):
         model: Any = pool.model
         super().__init__(model, GenerationConfig(do_sample=False, eos_token_id=-1), config)
         self.logit_processor = processors()
-        self._pool, self._removed = pool, removed
+        self._pool, self._page, self._removed = pool, page, removed
         self._assign: Callable[[Tensor], None] | None = None
         # By request. Set before the request is added, and taken out when it is certain that nothing computes it.
         self.slots: dict[str, int] = {}
@@ -63,7 +66,7 @@ class SlotBatching(ContinuousBatchingManager):
     def capacity(self) -> int:
         """Tokens that the cache holds, once the loop has started."""
         processor = self.batch_processor
-        return 0 if processor is None else processor.cache.num_blocks * self.continuous_batching_config.page_size
+        return 0 if processor is None else processor.cache.num_blocks * self._page
 
     def forget(self, request: str) -> None:
         """Drop what is kept of a request that was cancelled and will give no result any more."""
