@@ -27,8 +27,8 @@ class Choice:
         finish: why it ended, "stop" or "length"; None while it goes on.
     """
 
-    def __init__(self, index: int, generation: Generation, text: TextStream, service: Service) -> None:
-        self.index, self.generation = index, generation
+    def __init__(self, index: int, generation: Generation, text: TextStream, service: Service, streaming: bool) -> None:
+        self.index, self.generation, self._streaming = index, generation, streaming
         self.tokens = 0
         self.finish: str | None = None
         self._text, self._service, self._start = text, service, time.perf_counter()
@@ -37,7 +37,7 @@ class Choice:
         """Its text, as it comes."""
         metrics = self._service.metrics
         async for tokens in self.generation:
-            if not self.tokens:
+            if self._streaming and not self.tokens:
                 metrics.first_token(time.perf_counter() - self._start)
             self.tokens += len(tokens)
             metrics.tokens(len(tokens))
@@ -52,7 +52,9 @@ class Choice:
         if self._text.stopped:
             self.finish = "stop"
         self.finish = self.finish or "length"
-        metrics.finished(time.perf_counter() - self._start)
+        # Otherwise the client went away.
+        if self.generation.ended or self._text.stopped:
+            metrics.finished(time.perf_counter() - self._start)
         if rest:
             yield rest
 
@@ -109,7 +111,7 @@ class Answers:
                 prompt, length = prompts[index // request.n], lengths[index // request.n]
                 generation = await self._submit(prompt, sampling, length, end, streaming)
                 text = TextStream(self.service.tokens.tokenizer, stops)
-                self.choices.append(Choice(index, generation, text, self.service))
+                self.choices.append(Choice(index, generation, text, self.service, streaming))
         except BaseException:
             self.cancel()
             raise

@@ -52,7 +52,8 @@ def build(
         raise ValueError("name: expected a name for the base model, got none")
     with AdapterPool(model, store, slots=slots, rank=rank) as pool:
         engine = Engine(pool, limits, cache_tokens=cache_tokens, batch_tokens=batch_tokens)
-        tokens = Tokens(tokenizer, _end_tokens(model, tokenizer))
+        embeddings = pool.model.get_input_embeddings()  # type: ignore[operator]
+        tokens = Tokens(tokenizer, _end_tokens(pool.model, tokenizer), embeddings.num_embeddings)
         yield Service(name, engine, tokens, store, limits, api_keys or Keys(), admin_keys or Keys())
 
 

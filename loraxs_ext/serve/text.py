@@ -18,10 +18,12 @@ class Tokens:
     Args:
         tokenizer: of the model.
         end: tokens that end an answer.
+        size: tokens that the model has, which may be fewer than the tokenizer's; None for as many.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, end: Sequence[int]) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, end: Sequence[int], size: int | None = None) -> None:
         self.tokenizer, self.end = tokenizer, tuple(end)
+        self._size = len(tokenizer) if size is None else min(size, len(tokenizer))
 
     def of_text(self, text: str) -> list[int]:
         """The tokens of a prompt, with those that the model wants at its beginning.
@@ -51,9 +53,8 @@ class Tokens:
         Raises:
             ValueError: it is empty, or has a token that the model does not have.
         """
-        size = len(self.tokenizer)
-        if not prompt or not all(0 <= token < size for token in prompt):
-            raise ValueError(f"prompt: expected at least one token, each from 0 to {size - 1}")
+        if not prompt or not all(0 <= token < self._size for token in prompt):
+            raise ValueError(f"prompt: expected at least one token, each from 0 to {self._size - 1}")
         return list(prompt)
 
     def _encode(self, text: str, field: str, **options: Any) -> list[int]:
@@ -64,6 +65,8 @@ class Tokens:
         tokens: list[int] = self.tokenizer(text, **options)["input_ids"]
         if not tokens:
             raise ValueError(f"{field}: expected at least one token, got none")
+        if max(tokens) >= self._size:
+            raise ValueError(f"{field}: expected text of tokens that the model has, got another one")
         return tokens
 
 

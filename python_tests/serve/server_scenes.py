@@ -25,6 +25,8 @@ pytest.importorskip("prometheus_client")
 pytest.importorskip("python_multipart")
 pytest.importorskip("uvicorn")
 
+from openai import APIError as APIError
+from openai import InternalServerError as InternalServerError
 from openai import NotFoundError as NotFoundError
 from openai import OpenAI
 
@@ -102,6 +104,11 @@ def make_site(folder: Path) -> Site:
     with AdapterStore.create(store, manifest_of(folders["alice"])) as opened:
         assert {one.outcome for one in pack(opened, {name: folders[name] for name in ADAPTERS})} == {"added"}
     return Site(folder / "model", store, folders, oracle)
+
+
+def model_of(adapter: str | None) -> str:
+    """What a client calls an adapter."""
+    return "tiny" if adapter is None else f"tiny:{adapter}"
 
 
 def _key(name: str) -> str:

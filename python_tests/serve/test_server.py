@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from .server_scenes import ADAPTERS, Running, Site, make_site, running
+from .server_scenes import ADAPTERS, Running, Site, make_site, model_of, running
 
 PROMPTS = ("word5 word6 word7", "word8", "word11 word12 word13 word14 word15 word16")
 
@@ -20,10 +20,6 @@ def site(tmp_path_factory) -> Site:
 def server(site):
     with running(site) as server:
         yield server
-
-
-def model_of(adapter: str | None) -> str:
-    return "tiny" if adapter is None else f"tiny:{adapter}"
 
 
 def test_concurrent_requests_get_what_their_adapter_says_alone(site: Site, server: Running):

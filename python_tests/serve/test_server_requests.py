@@ -202,7 +202,7 @@ def test_routes(server: Running):
     check_error(send(server, "GET", "/v1/nothing"), 404, "no such route")
     check_error(send(server, "GET", "/v1/completions"), 405, "Method Not Allowed")
     check_error(send(server, "PUT", "/v1/../admin/adapters/a"), 404, "no such route")
-    for path in ("/health", "/ready"):
+    for path in ("/health", "/ready", "/", "/page/page.js"):
         assert send(server, "GET", path, key="")[0] == 200
 
 
@@ -255,5 +255,5 @@ def test_metrics_and_state(server: Running):
     assert float(lines["loraxs_store_adapters"]) == 3 and float(lines["loraxs_slots"]) == 1
     assert "alice" not in text and "word5" not in text
     state = send(server, "GET", "/api/state")[2]
-    assert state["model"] == "tiny" and state["store"]["adapters"] == 3 and state["context"] == 512
+    assert state["model"] == "tiny" and state["chat"] and state["store"]["adapters"] == 3 and state["context"] == 512
     assert 0 <= state["hit_rate"] <= 1 and state["latency_p99"] >= state["latency_p50"] > 0
