@@ -98,7 +98,8 @@ void bind_slot_table(py::module_& m) {
       .def("loaded", &SlotTable::loaded, py::arg("slots"), py::arg("versions"),
            "The caller has filled these slots, with these versions.")
       .def("failed", &SlotTable::failed, py::arg("slots"), py::arg("message"),
-           "The caller could not fill these slots; who waits for them gets a RuntimeError with this message.")
+           "The caller could not fill those of its slots that are still being loaded; who waits for them gets a "
+           "RuntimeError with this message.")
       .def("wait", &wait, py::arg("slots"), py::arg("timeout") = py::none(),
            "Returns when nobody is loading any of these slots; RuntimeError if loading failed.")
       .def("release", &SlotTable::release, py::arg("slots"), "Gives one reference to each slot back.")

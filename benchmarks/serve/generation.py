@@ -48,7 +48,7 @@ FULL = (
     Cell(torch.bfloat16, 1, 32, 32, 7, 16),
     Cell(torch.bfloat16, 8, 32, 32, 7, 8),
     Cell(torch.bfloat16, 64, 32, 24, 5, 4),
-    Cell(torch.bfloat16, 1000, 8, 6, 3),
+    Cell(torch.bfloat16, 1000, 4, 6, 3),
 )
 TINY = (Cell(torch.float32, 1, 6, 4, 2, 3), Cell(torch.float32, 5, 6, 4, 2, 3))
 PEFT_AT_MOST = 64
@@ -64,19 +64,11 @@ def measure(workload: Workload, cells: Sequence[Cell]) -> Iterator[dict[str, Any
     """
     for dtype in dict.fromkeys(cell.dtype for cell in cells):
         some = [cell for cell in cells if cell.dtype == dtype]
-        base, served = workload.load(dtype), workload.load(dtype)
-        adapters = RandomAdapters(list(targets(base)), max(cell.adapters for cell in some))
-        with tempfile.TemporaryDirectory() as folder:
-            store, _ = make_store(Path(folder) / "store", manifest_of(base), adapters)
-            with store, AdapterPool(served, store, slots=adapters.count) as pool:
-                for cell in some:
-                    yield _measure(cell, workload.prompts(cell.adapters, cell.prompt), base, pool, adapters)
-        del base, served
         for cell in some:
             if cell.peer_new:
                 yield _measure_peer(cell, workload)
             elif cell.adapters > PEFT_AT_MOST:
-                reason = NOT_RUN.format(pairs=cell.adapters * len(adapters.layout.segments))
+                reason = NOT_RUN.format(pairs=cell.adapters * len(targets(workload.load(dtype))))
                 yield {
                     "section": "generation",
                     "dtype": str(dtype).removeprefix("torch."),
@@ -84,6 +76,13 @@ def measure(workload: Workload, cells: Sequence[Cell]) -> Iterator[dict[str, Any
                     "provider": PEFT,
                     "not_run": reason,
                 }
+        base, served = workload.load(dtype), workload.load(dtype)
+        adapters = RandomAdapters(list(targets(base)), max(cell.adapters for cell in some))
+        with tempfile.TemporaryDirectory() as folder:
+            store, _ = make_store(Path(folder) / "store", manifest_of(base), adapters)
+            with store, AdapterPool(served, store, slots=adapters.count) as pool:
+                for cell in some:
+                    yield _measure(cell, workload.prompts(cell.adapters, cell.prompt), base, pool, adapters)
 
 
 def _measure(

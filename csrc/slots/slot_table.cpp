@@ -260,14 +260,16 @@ Grant SlotTable::prefetch(const Keys& keys) {
   Grant result;
   result.slots.assign(keys.size(), -1);
   if (!line_.empty()) return result;
+  // What is here is kept before anything is evicted: somebody will come for it, so to the warm end of its list.
+  for (const Key& key : keys) {
+    const int slot = find(key);
+    if (slot < 0) continue;
+    slots_[slot].prefetched = true;
+    make_current(*slots_[slot].name, slot);
+    if (listed(slot)) settle(slot);
+  }
   for (size_t i = 0; i < keys.size(); ++i) {
-    if (const int slot = find(keys[i]); slot >= 0) {
-      // Somebody will come for it: to the warm end of its list.
-      slots_[slot].prefetched = true;
-      make_current(*slots_[slot].name, slot);
-      if (listed(slot)) settle(slot);
-      continue;
-    }
+    if (find(keys[i]) >= 0) continue;
     if (const auto name = names_.find(keys[i].name); name != names_.end()) make_current(*name, -1);
     if (empty(kFreeSlots) && empty(kSuperseded) && (empty(kLeastRecent) || slots_[front(kLeastRecent)].prefetched))
       continue;
@@ -315,7 +317,8 @@ void SlotTable::loaded(const Slots& slots, const std::vector<uint64_t>& versions
 void SlotTable::failed(const Slots& slots, const std::string& message) {
   const std::lock_guard lock(mutex_);
   for (const int slot : slots) {
-    Slot& x = checked_loading(slot, "failed");
+    Slot& x = checked(slot, "failed");
+    if (x.state != State::kLoading) continue;
     forget(slot);
     x.state = State::kFailed;
     x.error = message;

@@ -73,7 +73,8 @@ class SlotTable {
   // The caller has filled slots it was told to load, with these versions: an adapter may have been replaced since.
   void loaded(const Slots& slots, const std::vector<uint64_t>& versions);
 
-  // The caller could not. Whoever waits for these slots gets the message; the next to ask loads anew.
+  // The caller could not fill those of its slots that are still being loaded; the others stay as they are. Whoever
+  // waits for these slots gets the message; the next to ask loads anew.
   void failed(const Slots& slots, const std::string& message);
 
   // Returns when none of the slots is being loaded. Throws LoadFailed with the message of one that failed, TimedOut,

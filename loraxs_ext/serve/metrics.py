@@ -24,12 +24,15 @@ class Metrics:
 
     def __init__(self, levels: Callable[[], Mapping[str, float]]) -> None:
         self.registry = CollectorRegistry()
-        counted = {"registry": self.registry}
-        self._requests = Counter("loraxs_requests", "Requests answered", ["route", "status"], **counted)
-        self._seconds = Histogram("loraxs_request_seconds", "Until the end", ["route"], buckets=_BUCKETS, **counted)
-        self._first = Histogram("loraxs_first_token_seconds", "Until the first token", buckets=_BUCKETS, **counted)
-        self._prompt = Counter("loraxs_prompt_tokens", "Tokens of prompts", **counted)
-        self._completion = Counter("loraxs_completion_tokens", "Tokens of answers", **counted)
+        self._requests = Counter("loraxs_requests", "Requests answered", ["route", "status"], registry=self.registry)
+        self._seconds = Histogram(
+            "loraxs_request_seconds", "Until the end", ["route"], buckets=_BUCKETS, registry=self.registry
+        )
+        self._first = Histogram(
+            "loraxs_first_token_seconds", "Until the first token", buckets=_BUCKETS, registry=self.registry
+        )
+        self._prompt = Counter("loraxs_prompt_tokens", "Tokens of prompts", registry=self.registry)
+        self._completion = Counter("loraxs_completion_tokens", "Tokens of answers", registry=self.registry)
         self.registry.register(_Levels(levels))
         self._latencies: deque[float] = deque(maxlen=_REMEMBERED)
         # Tokens by second, the present one last.

@@ -178,7 +178,9 @@ class AdapterPool:
                 raise RuntimeError("pool: expected to be outside of adapters() and token_slots(), got a call inside")
             self._placement.undo()
             self.layers, self._pages, self._others = (), [], []
-            vars(self.model).pop(_ATTRIBUTE, None)
+            # After a first call, the model may have another pool.
+            if pool_of(self.model) is self:
+                delattr(self.model, _ATTRIBUTE)
         finally:
             self._turn.release()
 
@@ -199,11 +201,14 @@ class AdapterPool:
 
     @contextmanager
     def _one_at_a_time(self, timeout: float | None) -> Iterator[None]:
-        if not self.layers:
-            raise RuntimeError("pool: expected one that is in its model, got one that was detached")
-        if not self._turn.acquire(timeout=-1 if timeout is None else timeout):
+        if timeout is not None and not timeout >= 0:
+            raise ValueError(f"timeout: expected seconds, 0 or more, got {timeout}")
+        if not self._turn.acquire(timeout=-1 if timeout is None else min(timeout, threading.TIMEOUT_MAX)):
             raise TimeoutError(f"pool: another thread was inside adapters() or token_slots() for {timeout:g} s")
         try:
+            # Known only now: it may have been detached while this thread waited.
+            if not self.layers:
+                raise RuntimeError("pool: expected one that is in its model, got one that was detached")
             yield
         finally:
             self._turn.release()

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 import warnings
+import weakref
+from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from importlib import import_module
 from types import TracebackType
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 from .row import RowSource
 from .slab import Slab
 from .transfer import transfer_to
 
 _PREFETCH_THREADS = 2
+# Names with the slots they go to.
+_Portions: TypeAlias = deque[list[tuple[str, int]]]
 
 
 class Lease:
@@ -29,8 +34,9 @@ class Lease:
     def __init__(self, pager: Pager, slots: list[int], held: list[int], before: Any) -> None:
         self._pager = pager
         self._slots = slots
-        self._held: list[int] | None = held
         self._before = before
+        # From here on the lease gives the slots back, not who makes it.
+        self._held: list[int] | None = held
 
     @property
     def slots(self) -> list[int]:
@@ -64,7 +70,7 @@ class Lease:
 
 
 class Pager:
-    """Brings adapters from a source into the slots of a slab. Threads may share one.
+    """Brings adapters from a source into the slots of a slab. Threads may share one; forked children may not.
 
     An adapter in use is never evicted; of the others, superseded versions go first and then the least recently used.
     Requests that find too few slots wait in line, first come, first served. A thread that already holds a lease
@@ -85,6 +91,7 @@ class Pager:
         self._transfer = transfer_to(slab)
         self._pool = ThreadPoolExecutor(_PREFETCH_THREADS, thread_name_prefix="loraxs-prefetch")
         self._lock = threading.Lock()
+        _PAGERS.add(self)
         self._loads = 0
         self._load_seconds = 0.0
 
@@ -101,24 +108,28 @@ class Pager:
             KeyError: the source has no such adapter.
             ValueError: more distinct adapters than the slab has slots.
             TimeoutError: the slots did not become free in time.
-            RuntimeError: an adapter could not be loaded, or the pager is closed.
+            RuntimeError: an adapter could not be loaded, or the pager is closed, or a parent process made it.
         """
+        _refuse_text(names)
         wanted = list(dict.fromkeys(name for name in names if name is not None))
         versions = self._versions(wanted)
         deadline = None if timeout is None else time.monotonic() + timeout
-        held, to_load, loading = self._table.acquire(wanted, versions, timeout)
+        held: list[int] = []
+        to_load: list[int] = []
         try:
+            held, to_load, loading = self._table.acquire(wanted, versions, timeout)
             if to_load:
                 self._load([wanted[i] for i in to_load], [held[i] for i in to_load])
             if loading:
                 left = None if deadline is None else max(0.0, deadline - time.monotonic())
                 self._table.wait([held[i] for i in loading], left)
             before = self._transfer.before_use(held)
-        except BaseException:
+            slot_of: dict[str | None, int] = dict(zip(wanted, held, strict=True))
+            return Lease(self, [slot_of.get(name, -1) for name in names], held, before)
+        except BaseException as error:
+            self._give_up([held[i] for i in to_load], error)
             self._table.release(held)
             raise
-        slot_of: dict[str | None, int] = dict(zip(wanted, held, strict=True))
-        return Lease(self, [slot_of.get(name, -1) for name in names], held, before)
 
     def prefetch(self, names: Sequence[str]) -> int:
         """Begin to load adapters that will be asked for soon, without waiting; returns how many.
@@ -130,12 +141,28 @@ class Pager:
             KeyError: the source has no such adapter; nothing is loaded then.
             RuntimeError: the pager is closed.
         """
+        _refuse_text(names)
         wanted = list(dict.fromkeys(names))
-        slots, to_load, _ = self._table.prefetch(wanted, self._versions(wanted))
-        # In portions, so that who needs the first need not wait for the last.
-        for begin in range(0, len(to_load), self._transfer.capacity):
-            some = to_load[begin : begin + self._transfer.capacity]
-            self._submit([wanted[i] for i in some], [slots[i] for i in some])
+        versions = self._versions(wanted)
+        size = self._transfer.capacity
+        slots: list[int] = []
+        to_load: list[int] = []
+        portions: _Portions | None = None
+        try:
+            slots, to_load, _ = self._table.prefetch(wanted, versions)
+            pairs = [(wanted[i], slots[i]) for i in to_load]
+            # So that who needs the first need not wait for the last. Each belongs to who takes it from here.
+            portions = deque(pairs[begin : begin + size] for begin in range(0, len(pairs), size))
+            for _ in range(len(portions)):
+                self._pool.submit(self._load_ahead, portions)
+        except BaseException as error:
+            if portions is None:
+                portions = deque([[(wanted[i], slots[i]) for i in to_load]])
+            while portions:
+                left = [slot for _, slot in portions.pop()]
+                self._give_up(left, error)
+                self._table.release(left)
+            raise
         return len(to_load)
 
     def pin(self, names: Sequence[str], timeout: float | None = None) -> None:
@@ -146,6 +173,7 @@ class Pager:
 
     def unpin(self, names: Sequence[str]) -> None:
         """Let adapters be evicted again."""
+        _refuse_text(names)
         for name in names:
             self._table.unpin(name)
 
@@ -184,68 +212,86 @@ class Pager:
         return versions
 
     def _load(self, names: list[str], slots: list[int]) -> None:
-        """Fill slots; each is then loaded or failed, whatever happens. Raises the first error."""
+        """Fill slots, those that can be filled. Raises the first error; then `_give_up` is due for the slots."""
         first: Exception | None = None
         capacity = self._transfer.capacity
         for begin in range(0, len(slots), capacity):
-            try:
-                error = self._load_batch(names[begin : begin + capacity], slots[begin : begin + capacity])
-            except BaseException:
-                # No later portion will be tried.
-                if rest := slots[begin + capacity :]:
-                    self._table.failed(rest, "loading was interrupted")
-                raise
+            error = self._load_batch(names[begin : begin + capacity], slots[begin : begin + capacity])
             first = first or error
         if first is not None:
             raise first
 
     def _load_batch(self, names: list[str], slots: list[int]) -> Exception | None:
         start = time.perf_counter()
-        pending = dict(zip(slots, names, strict=True))
         versions: dict[int, int] = {}
         first: Exception | None = None
-        try:
-            with self._transfer.batch() as batch:
-                for slot, name in zip(slots, names, strict=True):
-                    try:
-                        row = self.source.row(name)
-                        batch.put(slot, row)
-                    except Exception as error:
-                        del pending[slot]
-                        self._table.failed([slot], f"adapter {name!r} could not be loaded: {error}")
-                        first = first or _explain(name, error)
-                    else:
-                        versions[slot] = row.version
-            self._table.loaded(list(versions), list(versions.values()))
-            pending.clear()
-        finally:
-            for slot, name in pending.items():
-                self._table.failed([slot], f"adapter {name!r} could not be loaded: loading was interrupted")
+        with self._transfer.batch() as batch:
+            for slot, name in zip(slots, names, strict=True):
+                try:
+                    row = self.source.row(name)
+                    batch.put(slot, row)
+                except Exception as error:
+                    self._table.failed([slot], f"adapter {name!r} could not be loaded: {error}")
+                    first = first or _explain(name, error)
+                else:
+                    versions[slot] = row.version
+        self._table.loaded(list(versions), list(versions.values()))
         with self._lock:
             self._loads += len(versions)
             self._load_seconds += time.perf_counter() - start
         return first
 
-    def _submit(self, names: list[str], slots: list[int]) -> None:
-        def work() -> None:
-            try:
-                self._load(names, slots)
-            except Exception:
-                # The slots have failed, the failure is counted, and who asks for the adapter is told the reason.
-                pass
-            finally:
-                self._table.release(slots)
-
+    def _load_ahead(self, portions: _Portions) -> None:
         try:
-            self._pool.submit(work)
-        except RuntimeError:
-            self._table.failed(slots, "the pager was closed")
+            names, slots = map(list, zip(*portions.popleft(), strict=True))
+        except IndexError:
+            return  # `prefetch` was interrupted, and has given it up.
+        try:
+            self._load(names, slots)
+        except BaseException as error:
+            # Counted, and told to who asks for the adapter.
+            self._give_up(slots, error)
+        finally:
             self._table.release(slots)
-            raise
+
+    def _give_up(self, slots: list[int], reason: BaseException) -> None:
+        """Let nobody wait for those of these slots that are still being loaded."""
+        self._table.failed(slots, f"loading was interrupted: {reason!r}")
 
     def _release(self, held: list[int], before: Any) -> None:
         self._transfer.after_use(held, before)
         self._table.release(held)
+
+
+class _ParentsTable:
+    """The table of a pager in a forked child, where its threads are not, and maybe not who holds its lock."""
+
+    def release(self, slots: list[int]) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+    def __getattr__(self, name: str) -> Any:
+        raise RuntimeError("pager: expected the process that made it, got a child of that; make one after the fork")
+
+
+_PAGERS: weakref.WeakSet[Pager] = weakref.WeakSet()
+
+
+def _leave_to_parent() -> None:
+    for pager in list(_PAGERS):
+        pager._table = _ParentsTable()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_leave_to_parent)
+
+
+def _refuse_text(names: Sequence[str | None]) -> None:
+    # A string is a sequence of names as well, one of each letter.
+    if isinstance(names, str):
+        raise TypeError(f"names: expected a list of names, got {names!r}")
 
 
 def _explain(name: str, error: Exception) -> Exception:

@@ -131,12 +131,14 @@ class Slab:
             out: [layout.size] in the slab's dtype, on the CPU: a slot's row or a staging buffer.
 
         Raises:
-            ValueError: the row does not fit the slab, or its parts do not fit each other; `out` is then as before.
+            ValueError: the row does not fit the slab, or its parts do not fit each other, or s·R is beyond the range of
+                the dtype; `out` is then as before.
         """
         plan = self._plans.get(row.layout.digest) or self._make_plan(row)
         _check_parts(row)
         numbers = row.numbers.detach()
-        if plan.same and plan.scalings is None and row.steps is None:
+        exact = out.dtype in (torch.float32, numbers.dtype)
+        if exact and plan.same and plan.scalings is None and row.steps is None:
             out.copy_(numbers)
             return
         numbers = numbers.float()
@@ -144,11 +146,16 @@ class Slab:
             numbers = numbers * row.steps[plan.modules]
         if plan.scalings is not None:
             numbers = numbers * plan.scalings
+        numbers = numbers.to(out.dtype)
+        if not numbers.isfinite().all():
+            raise ValueError(
+                f"row: adapter {row.name!r}: expected s·R in the range of {out.dtype}, got NaN or infinity"
+            )
         if plan.same:
             out.copy_(numbers)
         else:
             out.zero_()
-            out.index_copy_(0, plan.places, numbers.to(out.dtype))
+            out.index_copy_(0, plan.places, numbers)
 
     def _make_plan(self, row: AdapterRow) -> _Plan:
         layout = row.layout

@@ -151,9 +151,11 @@ class Streamed:
         # A lease may be released by another thread than the one that computed, or by the garbage collector.
         for stream in {before, torch.cuda.current_stream(self._slab.device)}:
             event = torch.cuda.Event()
-            event.record(stream)
+            # Recorded after it is noted: of two threads that share a slot and a stream, the event that stays is then
+            # the end of both computations. The slot itself cannot be filled before both have released it.
             for slot in slots:
                 self._used[slot][stream.cuda_stream] = event
+            event.record(stream)
 
     def close(self) -> None:
         self._stream.synchronize()

@@ -11,9 +11,9 @@ import pytest
 pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
 
-from .browser import browser, looking_at  # noqa: E402
-from .page_steps import answer, column, finished, pick, wait_for  # noqa: E402
-from .page_world import MODEL, World, complete, serving  # noqa: E402
+from .browser import browser, looking_at
+from .page_steps import answer, column, finished, pick, wait_for
+from .page_world import MODEL, World, complete, serving
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>&amp;\"'"
 

@@ -10,9 +10,9 @@ pytest.importorskip("openai")
 pytest.importorskip("uvicorn")
 pytest.importorskip("lmdb")
 
-from .browser import browser, looking_at  # noqa: E402
-from .page_steps import answer, column, finished, pick, wait_for  # noqa: E402
-from .server_scenes import API_KEY, Running, make_site, running  # noqa: E402
+from .browser import browser, looking_at
+from .page_steps import answer, column, finished, pick, wait_for
+from .server_scenes import API_KEY, Running, make_site, running
 
 PROMPT = "word5 word6 word7"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
+import time
 import warnings
 from types import SimpleNamespace
 
@@ -72,6 +73,35 @@ def test_one_pool_at_a_time(llama: Scene):
     with AdapterPool(llama.model, llama.shelf), pytest.raises(RuntimeError, match="call inside"):
         with loraxs_ext.adapters(llama.model, ["wide"]):
             loraxs_ext.serve.pool.pool_of(llama.model).detach()
+
+
+def test_closing_an_old_pool_leaves_the_new_one_alone(llama: Scene):
+    llama.pool.detach()
+    with AdapterPool(llama.model, llama.shelf) as pool:
+        llama.pool.close()
+        assert loraxs_ext.serve.pool.pool_of(llama.model) is pool
+    assert loraxs_ext.serve.pool.pool_of(llama.model) is None
+
+
+def test_who_waited_for_a_pool_that_was_taken_out_is_not_served_with_the_base_model(llama: Scene):
+    inside, told = threading.Event(), []
+
+    def second() -> None:
+        inside.set()
+        try:
+            with llama.pool.token_slots(timeout=30):
+                told.append("served")
+        except RuntimeError as error:
+            told.append(str(error))
+
+    thread = threading.Thread(target=second)
+    with llama.pool._turn:
+        thread.start()
+        assert inside.wait(10)
+        time.sleep(0.1)
+        llama.pool.detach()
+    thread.join(30)
+    assert len(told) == 1 and "was detached" in told[0]
 
 
 def test_inference_mode(llama: Scene):

@@ -175,6 +175,21 @@ def test_rows_that_do_not_fit_leave_the_slot_alone(row, message):
     assert torch.equal(slab.rows[0], ROW.numbers)
 
 
+@pytest.mark.parametrize("scaling", [1.0, 1e4])
+@pytest.mark.parametrize("keys", [5, 2], ids=["whole", "part"])
+def test_numbers_beyond_the_range_are_refused_not_rounded_to_infinity(scaling, keys):
+    layout = RowLayout(segment._replace(scaling=scaling) for segment in SLAB.segments[:keys])
+    row = make_row(layout, torch.float32)
+    row = row._replace(numbers=torch.full_like(row.numbers, 7e4 / scaling))
+    slab = Slab(SLAB, 1, torch.float16)
+    with pytest.raises(ValueError, match="'alice': expected s·R in the range of torch.float16"):
+        slab.write(0, row)
+    assert not slab.rows.any()
+    slab = Slab(SLAB, 1, torch.bfloat16)
+    slab.write(0, row)
+    assert slab.rows.any()
+
+
 @pytest.mark.parametrize(
     ("action", "message"),
     [

@@ -194,6 +194,16 @@ def test_a_failed_load_is_told_to_who_waits_and_tried_anew():
     assert table.stats()["failures"] == 1
 
 
+def test_what_is_loaded_already_does_not_fail():
+    table = SlotTable(2)
+    slots, _, _ = acquire(table, ("a", 1), ("b", 1))
+    table.loaded(slots[:1], [1])
+    table.failed(slots, "no")
+    assert table.stats()["failures"] == 1
+    table.release(slots)
+    assert acquire(table, ("a", 1), ("b", 1))[1] == [1]
+
+
 def test_first_come_first_served():
     table = SlotTable(4)
     held = load(table, *((name, 1) for name in "abcd"))
@@ -318,6 +328,11 @@ class TestPrefetch:
         assert table.prefetch(["a"], [1]) == ([-1], [], [])
         assert touch(table, "c") == [slots[1]]
 
+    def test_does_not_take_the_place_of_what_it_is_asked_for(self):
+        table = SlotTable(2)
+        slots = touch(table, "a", "b")
+        assert table.prefetch(["c", "a"], [1, 1]) == ([slots[1], -1], [0], [])
+
     def test_does_not_overtake(self):
         table = SlotTable(2)
         load(table, ("a", 1))
@@ -341,7 +356,7 @@ class TestPrefetch:
         (lambda t: t.loaded([0], [1]), "loaded: slots: expected slots in use, got 0"),
         (lambda t: t.loaded([0], []), "loaded: versions: expected 1, got 0"),
         (lambda t: t.loaded(load(t, ("a", 1)), [1]), "loaded: slots: expected slots being loaded, got 0"),
-        (lambda t: t.failed(load(t, ("a", 1)), ""), "failed: slots: expected slots being loaded, got 0"),
+        (lambda t: t.failed([0], ""), "failed: slots: expected slots in use, got 0"),
         (lambda t: t.release(acquire(t, ("a", 1))[0]), "expected slots that are loaded or failed, got 0, which is"),
         (lambda t: t.acquire(["a"], []), "versions: expected 1, got 0"),
         (lambda t: t.acquire(["a"], [1], -1.0), "timeout: expected seconds, 0 or more, got -1"),

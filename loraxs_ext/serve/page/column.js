@@ -37,8 +37,8 @@ export class Column {
 
   /** Show an answer while it comes; true if it came to its end. */
   async run(answer) {
-    this.abort();
-    const controller = (this.controller = new AbortController());
+    this.controller = new AbortController();
+    const { signal } = this.controller;
     const began = performance.now();
     const elapsed = () => (performance.now() - began) / 1000;
     let first = null;
@@ -47,7 +47,7 @@ export class Column {
     this.output.textContent = this.problem.textContent = this.note.textContent = "";
     this.state("running");
     try {
-      for await (const { piece, reason, count } of answer(this.adapter, controller.signal)) {
+      for await (const { piece, reason, count } of answer(this.adapter, signal)) {
         if (piece) {
           first ??= elapsed();
           this.text += piece;
@@ -57,19 +57,13 @@ export class Column {
         if (reason === "length") this.output.append(node("span", "aside", " … cut at the limit"));
       }
     } catch (error) {
-      // A later run of this column took over.
-      if (this.controller !== controller) return false;
-      if (!controller.signal.aborted) {
-        this.problem.textContent = error.message;
-        this.state("failed");
-        return false;
-      }
-      this.note.textContent = `Stopped after ${seconds(elapsed())}.`;
-      this.state("stopped");
+      if (signal.aborted) this.note.textContent = `Stopped after ${seconds(elapsed())}.`;
+      else this.problem.textContent = error.message;
+      this.state(signal.aborted ? "stopped" : "failed");
       return false;
     }
     if (!this.text) this.output.append(node("span", "aside", "an empty answer"));
-    const parts = [`${seconds(elapsed())}`];
+    const parts = [seconds(elapsed())];
     if (first !== null) parts.push(`first token after ${seconds(first)}`);
     if (tokens !== null) parts.unshift(`${tokens} ${plural(tokens, "token")}`);
     this.note.textContent = parts.join(", ");

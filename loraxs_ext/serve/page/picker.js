@@ -13,7 +13,7 @@ export class Picker {
     this.names = [];
     this.active = -1;
     input.addEventListener("input", () => this.later());
-    input.addEventListener("focus", () => this.later());
+    input.addEventListener("click", () => this.later());
     input.addEventListener("blur", () => this.close());
     input.addEventListener("keydown", (event) => this.onKey(event));
     // A click would take the focus from the input, which closes the list before the click arrives.
@@ -51,7 +51,7 @@ export class Picker {
       ...names.map((name, index) => {
         const option = document.createElement("li");
         option.id = `choice-${index}`;
-        option.role = "option";
+        option.setAttribute("role", "option");
         option.textContent = name;
         return option;
       }),

@@ -70,6 +70,7 @@ export class Playground {
   remove(column) {
     this.columns = this.columns.filter((other) => other !== column);
     column.element.remove();
+    this.say("");
     byId("picker").focus();
   }
 
@@ -115,8 +116,11 @@ export class Playground {
   }
 
   running(yes) {
-    byId("answer").disabled = yes;
-    byId("stop").disabled = !yes;
+    const [over, next] = yes ? ["answer", "stop"] : ["stop", "answer"];
+    byId(next).disabled = false;
+    // A button that is disabled loses the focus to nowhere.
+    if (document.activeElement === byId(over)) byId(next).focus();
+    byId(over).disabled = true;
   }
 
   say(text) {
