@@ -29,9 +29,9 @@ from loraxs_ext import LoraXSConfig
 from loraxs_ext.basis import Recipe
 from loraxs_ext.checkpoint.model_folder import find_targets
 from loraxs_ext.serve import AdapterPool
-from loraxs_ext.serve.plain_lora import Bases, write
-from loraxs_ext.serve.sources import Found
-from loraxs_ext.serve.vllm import ADAPTERS
+from loraxs_ext.serve.vllm.plain_lora import Bases, write
+from loraxs_ext.serve.vllm.plugin import ADAPTERS
+from loraxs_ext.serve.vllm.sources import Found
 from loraxs_ext.store import AdapterRow, RowLayout, Segment
 
 ROWS, RANK, STD = 16, 16, 0.05

@@ -37,7 +37,7 @@ from loraxs_ext import LoraXSConfig
 from loraxs_ext.basis import Recipe
 from loraxs_ext.checkpoint.model_folder import find_targets
 from loraxs_ext.serve import AdapterPool
-from loraxs_ext.serve.plain_lora import Bases
+from loraxs_ext.serve.vllm.plain_lora import Bases
 from loraxs_ext.store import AdapterRow, AdapterStore, Manifest, RowLayout, Segment
 
 MOST_TOKENS, BATCH = 512, 16

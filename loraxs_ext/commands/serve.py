@@ -56,8 +56,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Do what the arguments say; the exit status."""
     try:
-        from loraxs_ext.serve import logs
-        from loraxs_ext.serve.server import serve
+        from loraxs_ext.serve.server import logs
+        from loraxs_ext.serve.server.listening import serve
     except ImportError as reason:
         print(f"{_EXTRA} ({reason})", file=sys.stderr)
         return 1
@@ -74,8 +74,8 @@ def run(arguments: argparse.Namespace) -> int:
 def _service(arguments: argparse.Namespace, stack: ExitStack) -> Any:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from loraxs_ext.serve.auth import check_binding, read_keys
-    from loraxs_ext.serve.building import build
+    from loraxs_ext.serve.server.auth import check_binding, read_keys
+    from loraxs_ext.serve.server.building import build
     from loraxs_ext.store import AdapterStore
 
     # All that can be wrong without the model is said before the model is loaded.
@@ -107,7 +107,7 @@ def _service(arguments: argparse.Namespace, stack: ExitStack) -> Any:
 
 
 def _limits(arguments: argparse.Namespace) -> Any:
-    from loraxs_ext.serve.limits import Limits
+    from loraxs_ext.serve.server.limits import Limits
 
     given = {
         "body": arguments.max_body,

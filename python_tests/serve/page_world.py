@@ -19,7 +19,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from loraxs_ext.serve.page import page_routes
+from loraxs_ext.serve.server.page import page_routes
 
 MODEL = "tiny"
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from loraxs_ext import LoraXSConfig
-from loraxs_ext.serve.sources import read_adapter
+from loraxs_ext.serve.vllm.sources import read_adapter
 from loraxs_ext.store import AdapterStore, Manifest
 
 # A name may look like a path; it never becomes one.

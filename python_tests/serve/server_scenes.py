@@ -31,11 +31,11 @@ from openai import NotFoundError as NotFoundError
 from openai import OpenAI
 
 from loraxs_ext.checkpoint.packing import manifest_of, pack
-from loraxs_ext.serve.auth import Keys
-from loraxs_ext.serve.building import build
-from loraxs_ext.serve.limits import Limits
-from loraxs_ext.serve.server import Server
-from loraxs_ext.serve.service import Service
+from loraxs_ext.serve.server.auth import Keys
+from loraxs_ext.serve.server.building import build
+from loraxs_ext.serve.server.limits import Limits
+from loraxs_ext.serve.server.listening import Server
+from loraxs_ext.serve.server.service import Service
 from loraxs_ext.store import AdapterStore
 
 from ..peft.models import CASES, VOCABULARY

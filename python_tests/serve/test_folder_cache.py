@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from loraxs_ext.checkpoint.output import atomic_folder
-from loraxs_ext.serve.folder_cache import FolderCache
+from loraxs_ext.serve.vllm.folder_cache import FolderCache
 
 SIZE = 1000
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from loraxs_ext.serve.limits import Limits
+from loraxs_ext.serve.server.limits import Limits
 
 from .server_scenes import ADMIN_KEY, API_KEY, NotFoundError, Running, Site, files_of, make_site, put, running, send
 

@@ -11,10 +11,10 @@ import torch
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from loraxs_ext.serve.auth import Keys, check_binding, read_keys
-from loraxs_ext.serve.limits import Limits
-from loraxs_ext.serve.sampling import Sampling, perturbed
-from loraxs_ext.serve.text import TextStream, Tokens
+from loraxs_ext.serve.server.auth import Keys, check_binding, read_keys
+from loraxs_ext.serve.server.limits import Limits
+from loraxs_ext.serve.server.sampling import Sampling, perturbed
+from loraxs_ext.serve.server.text import TextStream, Tokens
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +139,7 @@ def test_limits_are_positive(limit):
 
 
 def test_a_log_of_an_exception_does_not_quote_it():
-    from loraxs_ext.serve.logs import JsonFormatter
+    from loraxs_ext.serve.server.logs import JsonFormatter
 
     stream = io.StringIO()
     handler = logging.StreamHandler(stream)

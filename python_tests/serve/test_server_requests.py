@@ -10,7 +10,7 @@ from urllib.parse import quote, urlparse
 
 import pytest
 
-from loraxs_ext.serve.limits import Limits
+from loraxs_ext.serve.server.limits import Limits
 
 from .server_scenes import ADMIN_KEY, API_KEY, Running, Site, make_site, running, send
 

@@ -19,9 +19,9 @@ from safetensors.torch import load_file
 from loraxs_ext import LoraXSConfig, to_lora
 from loraxs_ext.basis import BasisFile, decompose, write_basis_file
 from loraxs_ext.checkpoint.model_folder import WeightStream, find_targets
-from loraxs_ext.serve.sources import read_adapter
-from loraxs_ext.serve.vllm import ADAPTERS, BASIS, CACHE, CACHE_GB, AdapterResolver, Held, Settings, register
-from loraxs_ext.serve.vllm_guard import GuardPlugin, RequestGuard
+from loraxs_ext.serve.vllm.guard import GuardPlugin, RequestGuard
+from loraxs_ext.serve.vllm.plugin import ADAPTERS, BASIS, CACHE, CACHE_GB, AdapterResolver, Held, Settings, register
+from loraxs_ext.serve.vllm.sources import read_adapter
 from loraxs_ext.store import AdapterStore, Manifest, in_dtype
 
 from ..checkpoint.folders import Folders, save
@@ -450,7 +450,7 @@ def test_the_guard_is_put_around_the_routes_of_a_registered_resolver(
 
 def test_importing_the_plugin_brings_no_engine() -> None:
     code = (
-        "import sys; import loraxs_ext.serve.vllm, loraxs_ext.serve.vllm_guard;"
+        "import sys; import loraxs_ext.serve.vllm.plugin, loraxs_ext.serve.vllm.guard;"
         "print([m for m in ('vllm', 'lmdb', 'fastapi', 'starlette', 'ray') if m in sys.modules])"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

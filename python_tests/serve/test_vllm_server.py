@@ -115,7 +115,7 @@ def test_same_tokens_with_all_requests_at_once(world: World) -> None:
 def test_rows_without_an_adapter_get_none() -> None:
     from vllm.lora.ops.torch_ops import lora_ops
 
-    from loraxs_ext.serve.vllm_cpu import skip_rows_without_adapter
+    from loraxs_ext.serve.vllm.cpu import skip_rows_without_adapter
 
     x, weights = torch.randn(4, 8), torch.randn(3, 1, 2, 8)
     slots, output = torch.tensor([-1, 2, 0, -1]), torch.full((4, 2), torch.nan)

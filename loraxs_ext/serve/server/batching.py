@@ -13,7 +13,7 @@ from transformers.generation.continuous_batching.continuous_api import (
     ContinuousBatchProcessor,
 )
 
-from .pool import AdapterPool
+from ..pool import AdapterPool
 from .sampling import processors
 
 

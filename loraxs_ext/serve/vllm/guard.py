@@ -18,7 +18,7 @@ from argparse import Namespace
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-from .vllm import NAME, AdapterResolver, Held
+from .plugin import NAME, AdapterResolver, Held
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]

@@ -13,9 +13,9 @@ import torch
 
 from loraxs_ext.store import Lease
 
+from ..pool import AdapterPool
 from .batching import SlotBatching
 from .limits import Limits
-from .pool import AdapterPool
 from .sampling import Sampling
 
 # Threads that bring adapters into slots. Those that wait for a slot stand in line, as they do in the pool.

@@ -10,10 +10,10 @@ from transformers import PreTrainedTokenizerBase
 
 from loraxs_ext.store import AdapterStore
 
+from ..pool import AdapterPool
 from .auth import Keys
 from .engine import Engine
 from .limits import Limits
-from .pool import AdapterPool
 from .service import Service
 from .text import Tokens
 

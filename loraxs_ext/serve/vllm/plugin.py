@@ -22,10 +22,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from loraxs_ext.basis.cache import cache_directory
 
+from .cpu import skip_rows_without_adapter
 from .folder_cache import FolderCache
 from .plain_lora import Bases, digest, write
 from .sources import Adapters, open_adapters
-from .vllm_cpu import skip_rows_without_adapter
 
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
