@@ -117,8 +117,15 @@ void give_up_and_close(SlotTable& table) {
 int main() {
   SlotTable table(kSlots);
   Slab slab;
+  Keys all(kSlots);
+  for (int i = 0; i < kSlots; ++i) all[i] = {"first " + std::to_string(i), 0};
+  const Grant first = table.acquire(all, std::nullopt, {});
+  table.loaded(first.slots, std::vector<uint64_t>(all.size(), 0));
   std::vector<std::thread> threads;
   for (int i = 0; i < kThreads; ++i) threads.emplace_back([&, i] { worker(table, slab, i + 1); });
+  // On one busy core the threads may else run one after the other, and none would ever wait.
+  while (table.statistics().waiting == 0) std::this_thread::sleep_for(1ms);
+  table.release(first.slots);
   for (std::thread& thread : threads) thread.join();
   const Statistics s = table.statistics();
   EXPECT(s.in_use == 0 && s.pinned == 0 && s.loading == 0 && s.waiting == 0);
