@@ -286,11 +286,10 @@ def test_close_wakes_everybody():
 
 
 @pytest.fixture
-def interruptible():
+def interruptible(request):
     """A shell that starts a job in the background lets it ignore SIGINT."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
 
 
 def test_a_signal_ends_a_wait(interruptible):
