@@ -35,7 +35,7 @@ def atomic_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
     Args:
         path: folder to be made.
-        overwrite: whether it may replace a folder of a model or an adapter.
+        overwrite: whether it may replace a folder of a model or an adapter that holds no other adapter.
 
     Raises:
         FileExistsError: `path` exists and may not be replaced.
@@ -47,6 +47,8 @@ def atomic_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.partial")
     lock = _lock(temporary)
     try:
+        # Again, now that nobody else writes: another may have finished since.
+        _check_free(path, overwrite)
         for stale in list(temporary.iterdir()):
             shutil.rmtree(stale) if stale.is_dir() and not stale.is_symlink() else stale.unlink()
         yield temporary
@@ -73,6 +75,9 @@ def _check_free(path: Path, overwrite: bool) -> None:
         raise FileExistsError(f"{path} exists; name another folder, or allow it to be overwritten")
     if path.is_symlink() or not any((path / mark).is_file() for mark in _MARKS):
         raise FileExistsError(f"{path} is not the folder of a model or an adapter, and is not overwritten")
+    inner = next(path.glob(f"*/**/{_MARKS[1]}"), None)
+    if inner is not None:
+        raise FileExistsError(f"{path} also holds the adapter {inner.parent.relative_to(path)}, and is not overwritten")
 
 
 def _lock(folder: Path) -> int:
@@ -81,8 +86,13 @@ def _lock(folder: Path) -> int:
     import fcntl
 
     while True:
-        folder.mkdir(exist_ok=True)
-        descriptor = os.open(folder, os.O_RDONLY)
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir()
+        try:
+            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        except FileNotFoundError:
+            # Another, who had it first, has finished and renamed it.
+            continue
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # It may have been finished and renamed between the two calls; then it is not ours.

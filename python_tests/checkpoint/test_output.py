@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -94,7 +95,13 @@ def test_only_models_and_adapters_are_replaced(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
     (tmp_path / "link").symlink_to(tmp_path / "model")
+    (tmp_path / "parent" / "deep" / "child").mkdir(parents=True)
+    for name in ("parent", "parent/deep/child"):
+        (tmp_path / name / "adapter_config.json").write_text("{}")
     before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(FileExistsError, match="holds the adapter deep/child"):
+        with atomic_folder(tmp_path / "parent", overwrite=True):
+            raise AssertionError("not reached")
     for name in ("home", "file", "link"):
         with pytest.raises(FileExistsError, match="is not overwritten"), atomic_folder(tmp_path / name, overwrite=True):
             raise AssertionError("not reached")
@@ -107,6 +114,26 @@ def test_two_processes_do_not_write_one_folder(tmp_path: Path) -> None:
         with pytest.raises(BlockingIOError, match="another process is writing"), atomic_folder(tmp_path / "out"):
             raise AssertionError("not reached")
     assert (tmp_path / "out" / "config.json").read_text() == "mine"
+
+
+def test_many_writers_of_one_folder_and_one_makes_it(tmp_path: Path) -> None:
+    made: list[Path] = []
+
+    def write(step: int) -> None:
+        target = tmp_path / str(step // 8)
+        try:
+            with atomic_folder(target) as folder:
+                (folder / "config.json").write_text("1")
+                made.append(target)
+        except BlockingIOError:
+            pass
+        except FileExistsError:
+            assert (target / "config.json").read_text() == "1"
+
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(write, range(8 * 200)))
+    assert sorted(made) == sorted(tmp_path / str(number) for number in range(200))
+    assert {path.name for path in tmp_path.iterdir()} == {str(number) for number in range(200)}
 
 
 def test_shards_are_those_of_safetensors(tmp_path: Path) -> None:
