@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loraxs_ext.layers import BASE, LoraXSLayer, Route, following
+from loraxs_ext.layers import BASE, LoraXSLayer, Route, Rows, following, fuse
 from loraxs_ext.peft import LoraXSConfig
 from loraxs_ext.store import Lease, Pager, RowLayout, RowSource, Segment, Slab
 
@@ -223,16 +223,14 @@ class AdapterPool:
             raise ValueError(
                 "model: expected adapters that are neither merged nor disabled, got some; unmerge them first"
             )
-        routes = [Route(slots, pages, POOL, exact=True) for pages in self._pages]
-        for placed, route in zip(self.layers, routes, strict=True):
-            route.fused = placed.fused(route)
-        routes += [Route(slots, None, BASE) for _ in self._others]
+        rows = Rows(slots, exact=True)
+        routes = {layer: Route(rows, pages, POOL) for layer, pages in zip(self.layers, self._pages, strict=True)}
+        fuse(routes)
 
         def assign(new: Tensor) -> None:
-            for route in routes:
-                route.slots = new
+            rows.slots = new
 
-        with following(dict(zip(layers, routes, strict=True))):
+        with following({**routes, **{layer: Route(rows, None, BASE) for layer in self._others}}):
             yield assign
 
     def _check_slots(self, slots: Tensor) -> Tensor:

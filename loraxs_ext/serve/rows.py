@@ -32,7 +32,7 @@ def one_adapter_a_row(model: nn.Module, layers: Sequence[LoraXSLayer]) -> Iterat
     def generate(*args: Any, **kwargs: Any) -> Any:
         route = layers[0].route
         assert route is not None
-        check_rows(len(route.slots), args, kwargs)
+        check_rows(len(route.rows.slots), args, kwargs)
         _set_exact(layers, False)
         try:
             return plain(*args, **kwargs)
@@ -52,4 +52,4 @@ def one_adapter_a_row(model: nn.Module, layers: Sequence[LoraXSLayer]) -> Iterat
 def _set_exact(layers: Sequence[LoraXSLayer], exact: bool) -> None:
     for layer in layers:
         if layer.route is not None:
-            layer.route.exact = exact
+            layer.route.rows.exact = exact
