@@ -12,7 +12,6 @@ from . import reference as reference
 from .autograd import AddDeltaFunction, LinearFunction, RowScaleFunction
 from .casting import any_autocast_enabled, autocast, wants_autocast
 from .rescale import rescale
-from .siblings import Siblings, linear_siblings
 from .stacked import Site, linear_projected, linear_stack, project
 
 _linear = torch.ops.loraxs.linear.default
@@ -164,7 +163,6 @@ def row_scale(
 
 
 __all__ = [
-    "Siblings",
     "Site",
     "add_delta",
     "add_delta_",
@@ -172,7 +170,6 @@ __all__ = [
     "contract",
     "linear",
     "linear_projected",
-    "linear_siblings",
     "linear_stack",
     "project",
     "reference",

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from . import contract, decode, eigh, reference, siblings
+from . import contract, decode, eigh, reference
 from .contract import LIBRARY, OPS, UNWRAPPED, check, table_of, tensors_of
 from .orthonormal import COMPILED_ROWS
 
@@ -100,7 +100,6 @@ def _register() -> bool:
         owner = _checked(op, getattr(reference, op))
         for name in filter(None, (op, UNWRAPPED.get(op))):
             LIBRARY.impl(name, owner, "CompositeExplicitAutograd")
-    LIBRARY.impl("linear_siblings", siblings.one_by_one, "CompositeExplicitAutograd")
     LIBRARY.impl("_eigh", eigh.eigh, "CompositeExplicitAutograd")
     if BACKEND == "reference":
         return False

@@ -86,11 +86,6 @@ for _name, _op in OPS.items():
     LIBRARY.define(_name + _op.schema)
     if _name in UNWRAPPED:
         LIBRARY.define(UNWRAPPED[_name] + _op.schema)
-# `linear` for inference, of several layers that read one x (see stacked.py); no bias where there is none.
-LIBRARY.define(
-    "linear_siblings(Tensor x, Tensor[] weight, Tensor[] bias, Tensor[] a, Tensor[] b, Tensor[] pages, Tensor? slots, "
-    "float scale) -> Tensor[]"
-)
 # The CUDA kernel for few tokens: the owner of `linear` on a GPU calls it where it fits (see backends.py).
 LIBRARY.define("_linear_decode" + OPS["linear"].schema)
 # One pass of `orthonormalize` over blocks of few rows Y [batch, k, n] on the CPU: rows, and the smallest pivot of each.
@@ -214,12 +209,6 @@ def _check_dtype(op: str, name: str, dtype: torch.dtype, first: str, first_dtype
 def _linear_fake(x, weight, bias, a, b, pages, slots, scale, p_drop=0.0, rng=None):
     check("linear", p_drop, x=x, weight=weight, bias=bias, a=a, b=b, pages=pages, slots=slots, rng=rng)
     return x.new_empty(*x.shape[:-1], weight.shape[0]), _fake_p(x, a)
-
-
-@torch.library.register_fake("loraxs::linear_siblings", lib=LIBRARY)
-def _linear_siblings_fake(x, weight, bias, a, b, pages, slots, scale):
-    sites = zip(weight, bias or [None] * len(weight), a, b, pages, strict=True)
-    return [_linear_fake(x, *site, slots, scale)[0] for site in sites]
 
 
 @torch.library.register_fake("loraxs::linear_backward", lib=LIBRARY)

@@ -53,22 +53,6 @@ def linear(
     return add_delta(y, x, a, b, pages, slots, scale, p_drop, rng)
 
 
-def linear_siblings(
-    x: Tensor,
-    weight: list[Tensor],
-    bias: list[Tensor],
-    a: list[Tensor],
-    b: list[Tensor],
-    pages: list[Tensor],
-    slots: Tensor | None,
-    scale: float,
-) -> list[Tensor]:
-    """y of `linear` for several layers that read one x; `bias` is empty where they have none."""
-    biases = bias or [None] * len(weight)
-    sites = zip(weight, biases, a, b, pages, strict=True)
-    return [linear(x, *site, slots, scale)[0] for site in sites]
-
-
 def add_delta(
     y: Tensor,
     x: Tensor,
