@@ -4,7 +4,6 @@
 
 namespace loraxs {
 
-void bind_prepared_layers(pybind11::module_& m);  // python_prepared.cpp
-void bind_slot_table(pybind11::module_& m);       // python_slots.cpp
+void bind_slot_table(pybind11::module_& m);  // python_slots.cpp
 
 }  // namespace loraxs

@@ -14,9 +14,10 @@ namespace {
 // a quarter of an L2.
 constexpr int64_t kColumnGrain = 32, kTokenGrain = 16, kMaxTokens = 512, kMaxRank = 256, kPanelBytes = 1 << 20;
 
-// Up to here fp32 runs as dot products along K: lanes that hold tokens would be mostly empty. Columns go in strips
-// whose rows of W stay in L2 from one block of tokens to the next.
-constexpr int64_t kDotTokens = 12, kStrip = 64;
+// Up to here fp32 runs as dot products along K: lanes that hold tokens would be mostly empty. Columns are dealt out in
+// lines of y, so that no thread waits long for another, and go in strips whose rows of W stay in L2 from one block of
+// tokens to the next.
+constexpr int64_t kDotTokens = 12, kDotGrain = 16, kStrip = 64;
 
 // Up to here every thread packs all tokens, and reads the pages of all of them, for itself: that costs less than to
 // wait for each other once more.
@@ -44,8 +45,8 @@ class Call {
 
   int64_t work() const { return g_.M * g_.K * g_.N; }
 
-  // Pieces of y that threads compute without waiting for each other, each for all tokens: strips, or blocks.
-  int64_t pieces() const { return dots() ? (g_.N + kStrip - 1) / kStrip : blocks(); }
+  // Pieces of y that threads compute without waiting for each other, each for all tokens.
+  int64_t pieces() const { return dots() ? (g_.N + kDotGrain - 1) / kDotGrain : blocks(); }
 
   // Whether no more has to be done in common than what every thread would rather do for itself.
   bool few_tokens() const {
@@ -121,23 +122,24 @@ class Call {
     }
   }
 
-  // A few tokens in fp32: p and q, then strips s0 .. s1 of y.
-  void run_dots(int64_t s0, int64_t s1) const {
+  // A few tokens in fp32: p and q, then pieces i0 .. i1 of y.
+  void run_dots(int64_t i0, int64_t i1) const {
     const Dense<float>& dense = kernels();
     const Paged<float, P>& paged = kernels();
     const int64_t count = g_.M * g_.r;
     Arena arena(2 * Arena::padded<float>(count));
-    float *own = arena.take<float>(count), *q = arena.take<float>(count), *p = g_.p && s0 == 0 ? g_.p : own;
+    float *own = arena.take<float>(count), *q = arena.take<float>(count), *p = g_.p && i0 == 0 ? g_.p : own;
     dense.project({g_.x, g_.a, p, g_.K, g_.K, g_.r, g_.M, g_.K, g_.r, 1.f, nullptr, 0, false});
     paged.rotate({p, g_.pages, g_.page_stride, g_.slots, q, g_.M, g_.r, float(g_.scale), false});
-    for (int64_t n = s0 * kStrip; n < std::min(s1 * kStrip, g_.N); n += kStrip) {
-      const int64_t columns = std::min(kStrip, g_.N - n);
+    const int64_t end = std::min(i1 * kDotGrain, g_.N);
+    for (int64_t n = i0 * kDotGrain; n < end; n += kStrip) {
+      const int64_t columns = std::min(kStrip, end - n);
       float* y = g_.out + n;
       // b is needed after the product, and would then be waited for.
       for (int64_t j = 0; j < g_.r; ++j)
         for (int64_t c = 0; c < columns; c += 16) __builtin_prefetch(g_.bt + j * g_.N + n + c);
       dense.project(
-          {g_.x, weight_ + n * g_.K, y, g_.K, g_.K, g_.N, g_.M, g_.K, columns, 1.f, nullptr, 0, false, g_.N - n});
+          {g_.x, weight_ + n * g_.K, y, g_.K, g_.K, g_.N, g_.M, g_.K, columns, 1.f, nullptr, 0, false, end - n});
       if (bias_)
         for (int64_t m = 0; m < g_.M; ++m)
           for (int64_t c = 0; c < columns; ++c) y[m * g_.N + c] += bias_[n + c];

@@ -15,13 +15,14 @@ from .routing import BASE, Route, Rows, build_route, following, routed
 from .sharding import complete
 from .stacked import SharedProjection, share_projections
 from .tiny import TinyCore, TinyOptions, group_of, tie
-from .together import fuse
+from .together import Known, fuse
 
 __all__ = [
     "BASE",
     "BasisPolicy",
     "Core",
     "CoreMatrix",
+    "Known",
     "LoraXSConv",
     "LoraXSEmbedding",
     "LoraXSLayer",

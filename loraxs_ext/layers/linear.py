@@ -52,11 +52,9 @@ class LoraXSLinear(LoraXSLayer):
         """y [..., N] for x [..., K]; further arguments go to the base layer."""
         # Here and in what this calls, parts are taken from the dictionaries of nn.Module: its attribute look-up costs
         # about as much as the low-rank arithmetic of one token, and a decoder asks hundreds of layers for every token.
-        route = self.route
-        if route is not None and route.fused is not None and not (
-            args or kwargs or self._disable_adapters or is_compiling()
-        ):
-            return route.fused(x)
+        fused = self.fused
+        if fused is not None and not (args or kwargs or is_compiling()):
+            return fused(x)
         if self.is_bare():
             return self.base_layer(x, *args, **kwargs)
         magnitudes: Any = self._modules["loraxs_magnitude"]

@@ -141,14 +141,19 @@ def routed(layers: Iterable[LoraXSLayer], names: Sequence[str]) -> Iterator[None
 @contextmanager
 def following(routes: Mapping[LoraXSLayer, Route]) -> Iterator[None]:
     """Every forward pass inside the context takes these routes; layers without one keep theirs."""
-    before = {layer: layer.route for layer in routes}
+    before = {layer: (layer.route, layer.fused) for layer in routes}
     try:
         for layer, route in routes.items():
-            layer.route = route
+            _set(layer, route, None if layer.disable_adapters else route.fused)
         yield
     finally:
-        for layer, old in before.items():
-            layer.route = old
+        for layer, (route, fused) in before.items():
+            _set(layer, route, fused)
+
+
+def _set(layer: LoraXSLayer, route: Route | None, fused: Callable[[Tensor], Tensor] | None) -> None:
+    """Past `nn.Module.__setattr__`, which looks for parameters and modules first, in hundreds of layers a batch."""
+    vars(layer).update(route=route, fused=fused)
 
 
 def pad(core: Tensor, rank: int) -> Tensor:

@@ -7,7 +7,7 @@ others take theirs. Which layers these are is known from their calls alone, as i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from loraxs_ext import ops
-from loraxs_ext.ops.casting import any_autocast_enabled
 
 from .linear import LoraXSLinear, is_fusable
 from .routing import Route, Rows
@@ -23,17 +22,6 @@ from .stacked import SHARE_ON_CPU
 
 # With more tokens than this, what a call costs beside its arithmetic no longer counts.
 FEW_TOKENS = 32
-
-
-class _Part(NamedTuple):
-    """The arguments of `ops.linear` that stay what they are while a batch is served."""
-
-    weight: Tensor
-    bias: Tensor | None
-    a: Tensor
-    b: Tensor
-    pages: Tensor
-    scale: float
 
 
 class _Turn(NamedTuple):
@@ -44,56 +32,75 @@ class _Turn(NamedTuple):
     left: dict[int, Tensor]
 
 
-def fuse(routes: Mapping[LoraXSLinear, Route]) -> None:
+# Prepared calls by the addresses they are for, which they keep from being used for anything else.
+Known = dict[tuple[Any, ...], ops.PreparedLayers | None]
+
+
+def fuse(routes: Mapping[LoraXSLinear, Route], known: Known | None = None) -> None:
     """Set `Route.fused` wherever all that a layer does under its route is one op.
 
     Args:
         routes: of layers that serve the same rows, or of one layer.
+        known: what was prepared for the batch before; afterwards, for this one.
     """
-    parts = {layer: _part_of(layer, route) for layer, route in routes.items()}
-    groups: dict[Any, list[LoraXSLinear]] = {}
-    for layer, part in parts.items():
-        if part is None:
-            routes[layer].fused = None
+    groups: dict[Any, dict[LoraXSLinear, ops.Site]] = {}
+    with torch.no_grad():
+        found = [(layer, route, _site_of(layer, route)) for layer, route in routes.items()]
+    for layer, route, site in found:
+        if site is None:
+            route.fused = None
         else:
-            together = layer.siblings is not None and not part.weight.is_cuda
-            alike = (id(layer.siblings), part.scale, part.bias is None) if together else id(layer)
-            groups.setdefault(alike, []).append(layer)
-    for layers in groups.values():
-        group = _Group(layers, [parts[layer] for layer in layers], routes[layers[0]].rows)
-        for place, layer in enumerate(layers):
+            alone = layer.siblings is None or site.weight.is_cuda
+            groups.setdefault(layer if alone else layer.siblings, {})[layer] = site
+    before = known or {}
+    after: Known = {}
+    for sites in groups.values():
+        addresses = tuple(map(_addresses, sites.values()))
+        after[addresses] = before[addresses] if addresses in before else ops.prepare(list(sites.values()))
+        group = _Group(list(sites), list(sites.values()), after[addresses], routes[next(iter(sites))].rows)
+        for place, layer in enumerate(sites):
             routes[layer].fused = partial(group.call, place)
+    if known is not None:
+        known.clear()
+        known.update(after)
 
 
-def _part_of(layer: LoraXSLinear, route: Route) -> _Part | None:
+def _addresses(site: ops.Site) -> tuple[Any, ...]:
+    """Where the numbers of a site lie, and how."""
+    tensors = (site.weight, site.a, site.b, site.pages, *(() if site.bias is None else (site.bias,)))
+    return site.scale, site.pages.stride(0), *((t.data_ptr(), t.dtype, t.shape) for t in tensors)
+
+
+def _site_of(layer: LoraXSLinear, route: Route) -> ops.Site | None:
     """What `layer` calls `ops.linear` with under `route`; None if it calls anything else."""
     base: Any = layer.base_layer
     if route.pages is None or route.p_drop or type(base) is not nn.Linear or len(layer.loraxs_magnitude):
         return None
     a, b = layer.get_basis(route.adapter)
-    with torch.no_grad():
-        fits = is_fusable(base, a, a.dtype)
-    if not fits or (layer.siblings is not None and (a.is_cuda or SHARE_ON_CPU)):
+    if not is_fusable(base, a, a.dtype) or (layer.siblings is not None and (a.is_cuda or SHARE_ON_CPU)):
         return None
-    return _Part(base.weight, base.bias, a, b, route.pages, route.scale)
+    return ops.Site(base.weight, base.bias, a, b, route.pages, scale=route.scale)
 
 
 class _Group:
-    """Layers that are called as one while that proves right."""
+    """One layer, or several that are called as one while that proves right."""
 
-    __slots__ = ("_layers", "_parts", "_rows", "_siblings", "_turn")
+    __slots__ = ("_layers", "_prepared", "_rows", "_sites", "_turn")
 
-    def __init__(self, layers: Sequence[LoraXSLinear], parts: Sequence[_Part], rows: Rows) -> None:
-        self._layers, self._parts, self._rows = layers, parts, rows
-        columns = [list(column) for column in zip(*(part[:5] for part in parts), strict=True)]
-        weight, bias, a, b, pages = columns
-        self._siblings = ops.Siblings(weight, [] if bias[0] is None else bias, a, b, pages, parts[0].scale)
+    def __init__(
+        self,
+        layers: Sequence[LoraXSLinear],
+        sites: Sequence[ops.Site],
+        prepared: ops.PreparedLayers | None,
+        rows: Rows,
+    ) -> None:
+        self._layers, self._sites, self._prepared, self._rows = layers, sites, prepared, rows
         self._turn: _Turn | None = None
 
     def call(self, place: int, x: Tensor) -> Tensor:
         """y [..., N] of the layer at `place` for x [..., K]."""
         turn = self._turn
-        # Nobody but whoever computed this turn had x then, and it was no inference tensor, which has no version.
+        # It was no inference tensor, which has no version.
         if turn is not None and turn.x is x and turn.version == x._version:
             y = turn.left.pop(place, None)
             if not turn.left:
@@ -103,27 +110,35 @@ class _Group:
         return self._begin(place, x)
 
     def _begin(self, place: int, x: Tensor) -> Tensor:
-        layer, turn = self._layers[place], self._turn
+        turn, prepared = self._turn, self._prepared
         self._turn = None
-        if torch.is_grad_enabled():
-            # The weight may be trained by now.
+        if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.jit.is_tracing():
+            # The weight may be trained by now, x may be cast, or somebody wants to see ops.
+            layer = self._layers[place]
             return layer.run(x, layer.paths(x), (), {})
         if turn is not None and turn.left:
             self._split([self._layers[other] for other in turn.left])
-            return layer.forward(x)
+            return self._layers[place].forward(x)
         slots = self._rows.per_token(x)
-        alone = len(self._layers) == 1 or x.numel() > FEW_TOKENS * x.shape[-1]
-        if alone or x.is_inference() or any_autocast_enabled():
-            part = self._parts[place]
-            return ops.linear(x, part.weight, part.bias, part.a, part.b, part.pages, slots, part.scale)
-        left = dict(enumerate(ops.linear_siblings(x, self._siblings, slots)))
-        y = left.pop(place)
-        self._turn = _Turn(x, x._version, left)
-        return y
+        alone = len(self._layers) == 1
+        if prepared is not None and (alone or (slots.shape[0] <= FEW_TOKENS and not x.is_inference())):
+            ys = prepared(x, slots)
+            if ys:
+                y = ys[place]
+                if not alone:
+                    left = dict(enumerate(ys))
+                    del left[place]
+                    self._turn = _Turn(x, x._version, left)
+                return y
+        weight, bias, a, b, pages, _, scale = self._sites[place]
+        return ops.linear(x, weight, bias, a, b, pages, slots, scale)
 
     def _split(self, leaving: Sequence[LoraXSLinear]) -> None:
         """Layers that were not called with the x of the others are no siblings of theirs, now and later."""
         siblings = leaving[0].siblings
         if siblings is not None:
             siblings.dismiss(leaving)
-        fuse({layer: layer.route for layer in self._layers if layer.route is not None})
+        routes = {layer: layer.route for layer in self._layers if layer.route is not None}
+        fuse(routes)
+        for layer, route in routes.items():
+            layer.fused = route.fused

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loraxs_ext.layers import BASE, LoraXSLayer, Route, Rows, following, fuse
+from loraxs_ext.layers import BASE, Known, LoraXSLayer, Route, Rows, following, fuse
 from loraxs_ext.peft import LoraXSConfig
 from loraxs_ext.store import Lease, Pager, RowLayout, RowSource, Segment, Slab
 
@@ -83,6 +83,7 @@ class AdapterPool:
         except BaseException:
             self._placement.undo()
             raise
+        self._prepared: Known = {}
         # What other adapters of the model do is no part of any row.
         self._others = other_layers(self.model, self.layers)
         for layer in (*self.layers, *self._others):
@@ -178,6 +179,7 @@ class AdapterPool:
                 raise RuntimeError("pool: expected to be outside of adapters() and token_slots(), got a call inside")
             self._placement.undo()
             self.layers, self._pages, self._others = (), [], []
+            self._prepared.clear()
             # After a first call, the model may have another pool.
             if pool_of(self.model) is self:
                 delattr(self.model, _ATTRIBUTE)
@@ -225,7 +227,7 @@ class AdapterPool:
             )
         rows = Rows(slots, exact=True)
         routes = {layer: Route(rows, pages, POOL) for layer, pages in zip(self.layers, self._pages, strict=True)}
-        fuse(routes)
+        fuse(routes, self._prepared)
 
         def assign(new: Tensor) -> None:
             rows.slots = new

@@ -10,7 +10,7 @@ from peft import get_peft_model
 from torch import nn
 
 from loraxs_ext import LoraXSConfig
-from loraxs_ext.layers import LoraXSLinear, Route, Rows, fuse
+from loraxs_ext.layers import LoraXSLinear, Route, Rows, following, fuse
 
 
 def layer_of(base: nn.Linear | None = None, **options: object) -> LoraXSLinear:
@@ -34,28 +34,32 @@ def test_the_same_numbers(route: Route, tokens: int):
     layer.route = route
     expected = layer(x)
     fuse({layer: route})
-    assert route.fused is not None and torch.equal(layer(x), expected)
-    # A server puts other slots in their place.
-    route.rows.slots = torch.tensor([-1, -1, -1], dtype=torch.int32)
-    torch.testing.assert_close(layer(x), layer.base_layer(x))
+    with following({layer: route}):
+        assert layer.fused is not None and torch.equal(layer(x), expected)
+        # A server puts other slots in their place.
+        route.rows.slots = torch.tensor([-1, -1, -1], dtype=torch.int32)
+        torch.testing.assert_close(layer(x), layer.base_layer(x))
+    assert layer.fused is None
 
 
 def test_gradients_of_a_weight_that_is_trained(route: Route):
     layer, x = layer_of(), torch.randn(3, 12)
     layer.base_layer.weight.requires_grad_(True)
-    layer.route = route
     fuse({layer: route})
-    layer(x).sum().backward()
+    with following({layer: route}):
+        layer(x).sum().backward()
     assert layer.base_layer.weight.grad is not None
 
 
 @torch.no_grad()
 def test_what_changes_meanwhile_counts(route: Route):
     layer, x = layer_of(), torch.randn(3, 12)
-    layer.route = route
     fuse({layer: route})
-    layer.enable_adapters(False)
-    assert torch.equal(layer(x), layer.base_layer(x))
+    with following({layer: route}):
+        layer.enable_adapters(False)
+        assert torch.equal(layer(x), layer.base_layer(x))
+        with following({layer: route}):
+            assert torch.equal(layer(x), layer.base_layer(x))
 
 
 def hooked() -> LoraXSLinear:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -39,14 +39,14 @@ class World:
         self.routes = {layer: Route(self.rows, torch.randn(2, 3, 3), "default") for layer in self.layers}
 
     def alone(self, call: Callable[[], Tensor]) -> Tensor:
-        kept = {layer: route.fused for layer, route in self.routes.items()}
-        for route in self.routes.values():
-            route.fused = None
+        kept = {layer: layer.fused for layer in self.layers}
+        for layer in self.layers:
+            layer.fused = None
         try:
             return call()
         finally:
             for layer, fused in kept.items():
-                self.routes[layer].fused = fused
+                layer.fused = fused
 
 
 @pytest.fixture
@@ -58,13 +58,21 @@ def world() -> World:
 def shared_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many layers each shared call was for."""
     calls: list[int] = []
-    plain = ops.linear_siblings
+    plain = ops.prepare
 
-    def counted(x: Tensor, layers: ops.Siblings, slots: Tensor | None = None) -> list[Tensor]:
-        calls.append(len(layers.weight))
-        return plain(x, layers, slots)
+    def prepare(sites: Sequence[ops.Site]) -> Callable[[Tensor, Tensor], list[Tensor]] | None:
+        prepared = plain(sites)
+        if prepared is None:
+            return None
 
-    monkeypatch.setattr(ops, "linear_siblings", counted)
+        def counted(x: Tensor, slots: Tensor) -> list[Tensor]:
+            if len(sites) > 1:
+                calls.append(len(sites))
+            return prepared(x, slots)
+
+        return counted
+
+    monkeypatch.setattr(ops, "prepare", prepare)
     return calls
 
 
