@@ -1,7 +1,7 @@
 // loraxs::_prepare, _run_prepared, _forget: fused calls of which everything but x and the slots is known before.
 //
-// A server repeats such calls for every token. By the time it comes back to a layer, streaming the weights of the others
-// has driven the half a dozen tensor objects of this one out of the caches; here it is one record.
+// A server repeats such calls for every token. By the time it comes back to a layer, streaming the weights of the
+// others has driven the half a dozen tensor objects of this one out of the caches; here it is one record.
 #include <torch/csrc/stable/ops.h>
 
 #include <map>
@@ -22,12 +22,12 @@ namespace {
 class Prepared {
  public:
   virtual ~Prepared() = default;
-  // y of every layer; none where this CPU, or the level in use, has no fused product for them.
+  // y of every layer; none where `linear` would not fuse either.
   virtual std::vector<Tensor> run(const Problem& g, const Tensor& x, const int32_t* slots) const = 0;
 
   int64_t K = 0, S = 0;
   ScalarType dtype{};
-  std::vector<Tensor> kept;  // what the addresses point into
+  std::vector<Tensor> kept;  // what the addresses point into, weights first
 };
 
 template <class T, class P>
@@ -96,7 +96,8 @@ int64_t prepare(const std::vector<Tensor>& weight, const std::vector<Tensor>& bi
   bool fits = true;
   for (size_t i = 0; i < count; ++i) {
     Problem g("_prepare");
-    if (weight[i].dim() != 2) fail("_prepare", "weight", "shape [N, K]", std::to_string(weight[i].dim()) + " dimensions");
+    if (weight[i].dim() != 2)
+      fail("_prepare", "weight", "shape [N, K]", std::to_string(weight[i].dim()) + " dimensions");
     g.rows("x", empty_cpu({0, weight[0].sizes()[1]}, weight[0].scalar_type()), g.K);
     g.plain("weight", weight[i], {&g.N, &g.K});
     if (!bias.empty()) g.plain("bias", bias[i], {&g.N});
@@ -143,7 +144,8 @@ std::vector<Tensor> run_prepared(const Tensor& x, const Tensor& slots, int64_t i
   g.rows("x", x, g.K);
   if (g.dtype != prepared->dtype) fail("_run_prepared", "x", "the dtype of the weights", "another");
   const int32_t* s = g.slots(slots);
-  return prepared->run(g, dense(x), s);
+  if (!is_one_product(x, prepared->kept.front())) return {};
+  return prepared->run(g, x, s);
 }
 
 void forget(int64_t id) { registry().remove(id); }

@@ -147,8 +147,8 @@ def following(routes: Mapping[LoraXSLayer, Route]) -> Iterator[None]:
             _set(layer, route, None if layer.disable_adapters else route.fused)
         yield
     finally:
-        for layer, (route, fused) in before.items():
-            _set(layer, route, fused)
+        for layer, old in before.items():
+            _set(layer, *old)
 
 
 def _set(layer: LoraXSLayer, route: Route | None, fused: Callable[[Tensor], Tensor] | None) -> None:

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -232,7 +233,8 @@ class AdapterPool:
         def assign(new: Tensor) -> None:
             rows.slots = new
 
-        with following({**routes, **{layer: Route(rows, None, BASE) for layer in self._others}}):
+        base_rows = {layer: Route(rows, None, BASE) for layer in self._others}
+        with following(dict(chain(routes.items(), base_rows.items()))):
             yield assign
 
     def _check_slots(self, slots: Tensor) -> Tensor:
