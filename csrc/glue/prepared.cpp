@@ -119,6 +119,8 @@ int64_t prepare(const std::vector<Tensor>& weight, const std::vector<Tensor>& bi
       using T = typename decltype(types)::Element;
       using P = typename decltype(types)::Page;
       if constexpr (std::is_same_v<T, float> || std::is_same_v<T, cpu::bf16>) {
+        for (const Problem& g : problems)
+          if (!cpu::has_fused<T>(g.r.size)) return;
         auto prepared = std::make_shared<PreparedFor<T, P>>();
         prepared->K = problems[0].K.size, prepared->S = problems[0].S.size, prepared->dtype = problems[0].dtype;
         for (const auto* list : {&weight, &bias, &a, &b, &pages})

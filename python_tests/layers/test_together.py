@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from loraxs_ext import LoraXSConfig, ops
 from loraxs_ext.layers import LoraXSLinear, Route, Rows, following, fuse, share_projections, together
 
+from ..ops.test_prepared import needs_fused
+
 K, ROWS = 24, 3
 
 
@@ -76,6 +78,7 @@ def shared_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return calls
 
 
+@needs_fused
 @torch.no_grad()
 def test_who_reads_what_is_found_out_once(world: World, shared_calls: list[int]) -> None:
     for _ in range(2):
