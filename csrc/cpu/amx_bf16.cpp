@@ -1,6 +1,6 @@
 #define LORAXS_SIMD "cpu/simd_avx512.h"
-#include "cpu/fused_rows.h"
 #include "cpu/fused_single.h"
+#include "cpu/fused_tiles.h"
 #include "cpu/level.h"
 
 namespace loraxs::cpu {

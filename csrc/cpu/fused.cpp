@@ -27,10 +27,6 @@ constexpr int64_t kFewTokens = 32, kFewPageElements = 32 << 10;
 // panel from another core's cache.
 constexpr int64_t kOwnTokens = 64;
 
-// From this many tokens on, and as many as W has columns, packing a panel of W costs less than packing the tokens. Rows
-// a multiple of a page apart would evict each other.
-constexpr int64_t kRowwiseTokens = 256, kPackedBytes = 3 << 18, kPageBytes = 4096;
-
 // Multiply-adds of one core in the time of a fork and join, about 10 us.
 template <class T>
 constexpr int64_t kInlineWork = sizeof(T) == 2 ? 200'000 : 100'000;
@@ -64,17 +60,9 @@ class Call {
     whole(0, g_.M, i0, i1);
   }
 
-  // Whether W is packed, instead of x.
-  bool rowwise() const {
-    const int64_t row_bytes = g_.K * int64_t(sizeof(T));
-    return k_.rowwise.product && g_.M >= kRowwiseTokens && k_.depth(g_.K) == g_.K && row_bytes % kPageBytes != 0;
-  }
-
   // Many tokens, by all threads.
   void run_many(int threads) const {
-    if (rowwise())
-      in_panels();
-    else if (g_.M >= threads * kOwnTokens)
+    if (g_.M >= threads * kOwnTokens)
       parallel_for((g_.M + kTokenGrain - 1) / kTokenGrain, [&](int64_t t0, int64_t t1) {
         whole(t0 * kTokenGrain, std::min(t1 * kTokenGrain, g_.M), 0, blocks());
       });
@@ -131,42 +119,6 @@ class Call {
         prepare(m + at, tokens, panels, at, q + at * g_.r, (scratch ? scratch : g_.p + m * g_.r) + at * g_.r);
       });
       parallel_for(blocks(), [&](int64_t b0, int64_t b1) { multiply(m, count, panels, b0, b1); });
-    }
-  }
-
-  // All tokens by all threads, one panel of columns after the other: it is packed for all, then each takes some tokens.
-  void in_panels() const {
-    const auto padded = [](int64_t n) { return (n + kColumnGrain - 1) / kColumnGrain * kColumnGrain; };
-    const int64_t fit = kPackedBytes / int64_t(sizeof(T)) / depth_, panels = (g_.N + fit - 1) / fit;
-    const int64_t panel = padded((g_.N + panels - 1) / panels), rows = padded(g_.M), ranks = padded(g_.r);
-    Arena arena(Arena::padded<T>(panel * depth_) + Arena::padded<T>(panel * rank_depth_) +
-                Arena::padded<T>(ranks * depth_) + Arena::padded<T>(rows * rank_depth_) +
-                2 * Arena::padded<float>(g_.M * g_.r));
-    T *w = arena.take<T>(panel * depth_), *b = arena.take<T>(panel * rank_depth_), *a = arena.take<T>(ranks * depth_),
-      *packed_q = arena.take<T>(rows * rank_depth_);
-    float *q = arena.take<float>(g_.M * g_.r), *p = g_.p ? g_.p : arena.take<float>(g_.M * g_.r);
-    k_.pack({g_.a, g_.K, g_.r, g_.K, kColumnGrain, a});
-    for (int64_t n0 = 0; n0 < g_.N; n0 += panel) {
-      const int64_t columns = std::min(panel, g_.N - n0);
-      parallel_for((columns + kColumnGrain - 1) / kColumnGrain, [&](int64_t c0, int64_t c1) {
-        const int64_t from = c0 * kColumnGrain, to = std::min(c1 * kColumnGrain, columns);
-        k_.pack({weight_ + (n0 + from) * g_.K, g_.K, to - from, g_.K, kColumnGrain, w + from * depth_});
-        k_.rowwise.pack_b(g_.bt, g_.N, g_.N, g_.r, n0 + from, n0 + to, b + from * rank_depth_);
-      });
-      parallel_for((g_.M + kColumnGrain - 1) / kColumnGrain, [&](int64_t t0, int64_t t1) {
-        const int64_t m = t0 * kColumnGrain, count = std::min(t1 * kColumnGrain, g_.M) - m;
-        const T* x = g_.x + m * g_.K;
-        T* own_q = packed_q + m * rank_depth_;
-        if (n0 == 0) {
-          const Paged<float, P>& paged = kernels();
-          k_.rowwise.product({x, a, count, g_.K, 0, g_.r, nullptr, nullptr, nullptr, 0, nullptr, p + m * g_.r, g_.r});
-          paged.rotate({p + m * g_.r, g_.pages, g_.page_stride, g_.slots ? g_.slots + m : nullptr, q + m * g_.r, count,
-                        g_.r, float(g_.scale), false});
-          k_.rowwise.pack_q(q + m * g_.r, count, g_.r, own_q);
-        }
-        k_.rowwise.product(
-            {x, w, count, g_.K, n0, n0 + columns, bias_, own_q, b, g_.r, g_.out + m * g_.N, nullptr, g_.N});
-      });
     }
   }
 
@@ -247,7 +199,7 @@ void fused(const FusedLayer<T, P>* layers, int64_t count) {
     few_tokens &= call.few_tokens();
   }
   const int threads = work < kInlineWork<T> ? 1 : thread_count();
-  if (!few_tokens && (threads > 1 || Call<T, P>(layers[0], k).rowwise())) {
+  if (threads > 1 && !few_tokens) {
     for (int64_t i = 0; i < count; ++i) Call<T, P>(layers[i], k).run_many(threads);
     return;
   }

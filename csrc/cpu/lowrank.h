@@ -168,28 +168,6 @@ struct Product {
   int64_t ldy;
 };
 
-// The same for n in [n0, n1) with w and b packed instead of x, for many tokens.
-template <class T>
-struct RowProduct {
-  const T* x;  // [M, K], contiguous
-  const T* w;  // packed columns n0 .. n1 of y
-  int64_t M, K, n0, n1;
-  const T* bias;
-  const T* q;  // packed, or null
-  const T* b;  // packed columns n0 .. n1
-  int64_t r;
-  T* y;  // [M, N], or null:
-  float* p;
-  int64_t ldy;
-};
-// w is packed as tokens are: by Fused::pack.
-template <class T>
-struct Rowwise {
-  void (*pack_b)(const T* b, int64_t ldb, int64_t N, int64_t r, int64_t n0, int64_t n1, T* out);
-  void (*pack_q)(const float* q, int64_t M, int64_t r, T* out);
-  void (*product)(const RowProduct<T>&);
-};
-
 // The base product fused with the low-rank part, at the levels where that beats torch's own product.
 template <class T>
 struct Fused {
@@ -198,7 +176,6 @@ struct Fused {
   void (*pack)(const Pack<T, T>&);
   void (*pack_ranks)(const Pack<T, float>&);
   void (*product)(const Product<T>&);
-  Rowwise<T> rowwise = {};  // where the level has it
 };
 
 // One instruction-set level. Inheritance only so that a template can pick its entry by type.
