@@ -281,7 +281,7 @@ def test_damaged_files(llama: Case, folder):
         expect_refusal(llama, folder, "expected a whole safetensors file")
     for damaged in ("{", "[1]", "[" * 10**5):
         (folder / CONFIG).write_text(damaged)
-        expect_refusal(llama, folder, "expected JSON|peft_type: expected 'TINYLORA', got 'list'")
+        expect_refusal(llama, folder, "expected a JSON object")
 
 
 def test_pickled_weights_are_not_read(llama: Case, folder):
