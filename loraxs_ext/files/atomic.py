@@ -149,7 +149,17 @@ def _locked(folder: Path) -> Iterator[int]:
     # Not everywhere: the package is imported on Windows too.
     import fcntl
 
-    descriptor = _lock(folder)
+    while True:
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir()
+        try:
+            descriptor = lock_folder(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except FileNotFoundError:
+            # Another, who had it first, has finished and renamed it.
+            continue
+        except BlockingIOError:
+            raise BlockingIOError(f"another process is writing {folder}") from None
     try:
         yield descriptor
     finally:
@@ -158,25 +168,29 @@ def _locked(folder: Path) -> Iterator[int]:
         os.close(descriptor)
 
 
-def _lock(folder: Path) -> int:
+def lock_folder(folder: Path, kind: int) -> int:
+    """The descriptor that holds a lock of the folder of that name, as long as it is open.
+
+    Args:
+        folder: to be locked, against others who lock it.
+        kind: as `fcntl.flock` takes it.
+
+    Raises:
+        FileNotFoundError or NotADirectoryError: there is no such folder.
+        BlockingIOError: somebody else holds it, and `kind` says not to wait.
+    """
     import fcntl
 
     while True:
-        with contextlib.suppress(FileExistsError):
-            folder.mkdir()
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:
-            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        except FileNotFoundError:
-            # Another, who had it first, has finished and renamed it.
-            continue
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            fcntl.flock(descriptor, kind)
+            # It may have been renamed, and another made, between the two calls.
+            if _is_at(descriptor, folder):
+                return descriptor
+        except BaseException:
             os.close(descriptor)
-            raise BlockingIOError(f"another process is writing {folder}") from None
-        # It may have been finished and renamed between the two calls; then it is not ours.
-        if _is_at(descriptor, folder):
-            return descriptor
+            raise
         os.close(descriptor)
 
 

@@ -24,12 +24,6 @@ U, R = 5, 3
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
-@pytest.fixture(autouse=True)
-def _isolated(tmp_path, monkeypatch):
-    monkeypatch.setenv("LORAXS_CACHE", str(tmp_path / "cache"))
-    torch.manual_seed(0)
-
-
 @pytest.fixture(params=CASES.values(), ids=CASES)
 def case(request) -> Case:
     return request.param
