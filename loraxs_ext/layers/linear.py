@@ -52,9 +52,10 @@ class LoraXSLinear(LoraXSLayer):
         """y [..., N] for x [..., K]; further arguments go to the base layer."""
         # Here and in what this calls, parts are taken from the dictionaries of nn.Module: its attribute look-up costs
         # about as much as the low-rank arithmetic of one token, and a decoder asks hundreds of layers for every token.
-        fused = self.fused
-        if fused is not None and not (args or kwargs or is_compiling()):
-            return fused(x)
+        if not (args or kwargs or is_compiling()):
+            fused = self.fused
+            if fused is not None:
+                return fused(x)
         if self.is_bare():
             return self.base_layer(x, *args, **kwargs)
         magnitudes: Any = self._modules["loraxs_magnitude"]
