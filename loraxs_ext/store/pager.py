@@ -9,12 +9,13 @@ import warnings
 import weakref
 from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from importlib import import_module
 from types import TracebackType
 from typing import Any, TypeAlias, cast
 
+from .background import Background
 from .row import RowSource
 from .slab import Slab
 from .transfer import Batch, transfer_to
@@ -88,7 +89,7 @@ class Pager:
         self.slab = slab
         self._table = _slot_table(slab.slots)
         self._transfer = transfer_to(slab)
-        self._pool = ThreadPoolExecutor(_PREFETCH_THREADS, thread_name_prefix="loraxs-prefetch")
+        self._background = Background(_PREFETCH_THREADS, "loraxs-prefetch")
         self._lock = threading.Lock()
         _PAGERS.add(self)
         self._loads = 0
@@ -150,7 +151,7 @@ class Pager:
             portions += self._table.prefetch(wanted, versions, self._transfer.capacity)
             count = sum([len(hold.to_load) for hold in portions])
             for _ in range(len(portions)):
-                self._pool.submit(self._load_ahead, wanted, portions)
+                self._background.put(partial(self._load_ahead, wanted, portions))
             return count
         except BaseException as error:
             with suppress(IndexError):
@@ -180,7 +181,7 @@ class Pager:
     def close(self) -> None:
         """Wake whoever waits with an error, end the threads and copies. Leases can still be released."""
         self._table.close()
-        self._pool.shutdown()
+        self._background.close()
         self._transfer.close()
 
     def __enter__(self) -> Pager:

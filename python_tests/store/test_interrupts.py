@@ -20,7 +20,7 @@ from .test_pager import LONG, holds, idle, until
 ROOT = Path(__file__).parents[2]
 # After these, CPython looks whether there was a signal.
 LISTENING = ("CALL", "CALL_FUNCTION_EX", "JUMP_BACKWARD", "RESUME")
-OURS = ("store/pager.py", "store/transfer.py")
+OURS = ("store/pager.py", "store/background.py", "store/transfer.py")
 
 
 def interrupted_at(step: int, action: Callable[[], object]) -> KeyboardInterrupt | None:
@@ -89,7 +89,7 @@ def test_at_every_moment(action, monkeypatch):
         assert step > 70
 
 
-@pytest.mark.parametrize("action", ["acquire"])
+@pytest.mark.parametrize("action", ["acquire", "prefetch"])
 def test_by_real_signals(action):
     command = [sys.executable, "-m", "python_tests.store.interrupted", action]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
