@@ -300,8 +300,8 @@ class AdapterStore:
         Raises:
             FileExistsError: there is something at `target`.
         """
-        with new_folder(Path(target)) as folder, self._environment.raw() as env:
-            env.copy(str(folder), compact=True)
+        with new_folder(Path(target)) as folder:
+            self._environment.copy(folder)
 
     def stat(self) -> Statistics:
         """How many adapters there are, and the room they take."""
