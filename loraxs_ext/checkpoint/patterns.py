@@ -31,7 +31,7 @@ class _Ways(NamedTuple):
     fixed: float
     open: int
 
-    def count(self, length: int) -> float:
+    def bound(self, length: int) -> float:
         return self.fixed * math.comb(length + self.open, self.open)
 
 
@@ -53,7 +53,7 @@ def check_patterns(fields: Mapping[str, Any], names: Collection[str] | None = No
     for field, pattern, expression in _patterns(fields):
         try:
             re.compile(pattern)
-            ways = _sequence(parser.parse(expression)).count(length) * times
+            ways = _sequence(parser.parse(expression)).bound(length) * times
         except (re.error, RecursionError, OverflowError) as reason:
             raise ValueError(f"{field}: expected a regular expression, got {pattern!r:.100}: {reason}") from None
         total += ways

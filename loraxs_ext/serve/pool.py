@@ -245,8 +245,8 @@ class AdapterPool:
         if slots.device.type == "cpu" and slots.numel():
             least, most = (int(bound) for bound in slots.aminmax())
             if least < -1 or most >= self.slab.slots:
-                got = least if least < -1 else most
-                raise ValueError(f"slots: expected -1 (the base model) to {self.slab.slots - 1}, got {got}")
+                wrong = least if least < -1 else most
+                raise ValueError(f"slots: expected -1 (the base model) to {self.slab.slots - 1}, got {wrong}")
         return slots
 
 
