@@ -1,6 +1,7 @@
-"""A process whose pagers are interrupted by signals, hundreds of times, and lose nothing; for `test_interrupts`.
+"""A process that is interrupted by signals, hundreds of times, and loses nothing; for `test_interrupts`.
 
-`python -m python_tests.store.interrupted acquire|prefetch` ends by itself and prints how many signals came in between.
+`python -m python_tests.store.interrupted acquire|prefetch|store` ends by itself and prints how many signals came in
+between: into a pager, or into the reads and the closing of a store.
 """
 
 from __future__ import annotations
@@ -8,18 +9,22 @@ from __future__ import annotations
 import random
 import signal
 import sys
+import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import torch
 
 from loraxs_ext.store import Pager, Slab
 
+from . import stores
 from .sources import LAYOUT, MemorySource
 
-SIGNALS, SLOTS = 300, 4
+SIGNALS, SLOTS = 200, 4
 ACTIONS: dict[str, Callable[[Pager, list[str]], object]] = {
     "acquire": lambda pager, names: pager.acquire(names).release(),
     "prefetch": lambda pager, names: pager.prefetch(names),
@@ -60,12 +65,27 @@ def check(pager: Pager, round_: int) -> None:
                 assert torch.equal(pager.slab.rows[slot], pager.source.numbers(name))  # type: ignore[attr-defined]
 
 
-def main(action: str) -> None:
+def interrupt_a_store() -> None:
+    choose, signals, longest = random.Random(0), 0, 1e-3
+    with tempfile.TemporaryDirectory() as folder, stores.create(Path(folder) / "store") as store:
+        store.put(stores.row("alice"))
+        while signals < SIGNALS:
+            actions = [partial(store.row, "alice"), partial(store.put, stores.row("alice"))]
+            came = interrupted(choose.choice(actions), choose.uniform(1e-6, longest))
+            signals += came
+            longest *= 1.05 if came else 0.95
+            # Another thread gets in, and this one alone.
+            other = threading.Thread(target=store.row, args=("alice",), daemon=True)
+            other.start()
+            other.join(PATIENCE)
+            assert not other.is_alive()
+            with store._environment._gate.alone():
+                pass
+    print(signals)
+
+
+def interrupt_a_pager(action: str) -> None:
     choose, source = random.Random(0), MemorySource()
-    signal.signal(signal.SIGALRM, interrupt)
-    warnings.simplefilter("ignore", ResourceWarning)
-    # What is interrupted in a finaliser is printed, else.
-    sys.unraisablehook = lambda unraisable: None
     signals, longest, round_ = 0, 1e-3, 0
     while signals < SIGNALS:
         # The first call of a pager does things that the others do not.
@@ -82,4 +102,8 @@ def main(action: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    signal.signal(signal.SIGALRM, interrupt)
+    warnings.simplefilter("ignore", ResourceWarning)
+    # What is interrupted in a finaliser is printed, else.
+    sys.unraisablehook = lambda unraisable: None
+    interrupt_a_store() if sys.argv[1] == "store" else interrupt_a_pager(sys.argv[1])
