@@ -10,10 +10,11 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO, cast
 
 import torch
 
@@ -23,6 +24,8 @@ from .commands import advise, evaluate, export, import_, init, merge, pack, serv
 
 REQUIRED = ("torch", "numpy", "safetensors", "transformers", "peft", "tqdm")
 OPTIONAL = ("triton", "accelerate")
+# As a shell says that SIGPIPE ended a process.
+_BROKEN_PIPE = 128 + 13
 
 
 @dataclass(frozen=True)
@@ -43,8 +46,53 @@ def main(argv: list[str] | None = None) -> int:
         subparser = commands.add_parser(name, help=command.help, description=command.help)
         command.add_arguments(subparser)
         subparser.set_defaults(run=command.run)
-    arguments = parser.parse_args(argv)
-    return arguments.run(arguments)
+    with _ends_with_its_reader():
+        arguments = parser.parse_args(argv)
+        return arguments.run(arguments)
+
+
+class _Output:
+    """A text stream that ends the process when nobody reads it any more, as `head` does not after its lines.
+
+    As SystemExit, so that commands clean up and don't take it for an error of theirs. SIGPIPE would end a server, too,
+    whose client goes away.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        return self._unless_closed(self._stream.write, text)
+
+    def flush(self) -> None:
+        self._unless_closed(self._stream.flush)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def _unless_closed(self, action: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            return action(*arguments)
+        except BrokenPipeError:
+            # What is in the buffer is written once more at the end of the interpreter.
+            with open(os.devnull, "w") as nowhere:
+                os.dup2(nowhere.fileno(), self._stream.fileno())
+            raise SystemExit(_BROKEN_PIPE) from None
+
+
+@contextmanager
+def _ends_with_its_reader() -> Iterator[None]:
+    if sys.stdout is None:  # It was closed from the beginning; then `print` does nothing.
+        yield
+        return
+    output = _Output(sys.stdout)
+    with redirect_stdout(cast(TextIO, output)):
+        try:
+            yield
+        except SystemExit:
+            output.flush()
+            raise
+        output.flush()
 
 
 def _doctor_arguments(parser: argparse.ArgumentParser) -> None:

@@ -13,6 +13,8 @@ import pytest
 import loraxs_ext
 from loraxs_ext import cli, ops
 
+from .store import stores
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -71,6 +73,34 @@ def test_doctor_names_the_reference_backend() -> None:
     report = json.loads(loraxs("doctor", "--json", LORAXS_BACKEND="reference").stdout)
     assert any("LORAXS_BACKEND=reference" in note["what"] for note in report["notes"])
     assert {owners["cpu"] for owners in report["owners"].values()} == {"plain torch"}
+
+
+@pytest.mark.parametrize(
+    "arguments", [("--help",), ("doctor", "--json"), ("store", "list"), ("store", "list", "--json")], ids=" ".join
+)
+def test_a_reader_that_goes_away(arguments: tuple[str, ...], tmp_path: Path) -> None:
+    """`loraxs … | head`: the first line is there, nothing else is said, the status is that of SIGPIPE."""
+    if arguments[0] == "store":
+        with stores.create(tmp_path / "store", sync=False) as store:
+            # More than a pipe takes.
+            store.put_many([stores.row(f"{i:04}{'x' * 200}") for i in range(1000)])
+        arguments += (str(tmp_path / "store"),)
+    command = [sys.executable, "-m", "loraxs_ext.cli", *arguments]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stderr is not None
+        if arguments[0] == "store":
+            assert process.stdout.readline()
+        # All that the others print fits the pipe.
+        process.stdout.close()
+        printed = process.stderr.read()
+        assert process.wait(300) == 128 + 13, printed
+    assert "Error" not in printed and "Traceback" not in printed and "loraxs store" not in printed
+
+
+def test_without_any_output() -> None:
+    command = f"{sys.executable} -m loraxs_ext.cli --version >&-"
+    result = subprocess.run(["sh", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0 and "Traceback" not in result.stderr
 
 
 def test_doctor_fails_on_a_missing_package(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,6 +5,7 @@
 // the table's lock, and reports back; the others who want it wait for that. A slot with references is never given
 // away; of the others go first the free ones, then superseded versions, then the least recently used.
 #include <array>
+#include <atomic>
 #include <chrono>
 #include <condition_variable>
 #include <cstdint>
@@ -91,6 +92,10 @@ class SlotTable {
   // Wakes whoever waits, with Closed; nothing can be acquired any more, what was acquired can be released.
   void close();
 
+  // In a forked child, where neither the threads are that use the table nor maybe who holds its lock.
+  void abandon() { abandoned_ = true; }
+  bool abandoned() const { return abandoned_; }
+
   Statistics statistics() const;
   int size() const { return int(slots_.size()); }
 
@@ -151,6 +156,7 @@ class SlotTable {
   int available_ = 0;  // slots in any list
   uint64_t count_ = 0;
   bool closed_ = false;
+  std::atomic<bool> abandoned_{false};
   uint64_t hits_ = 0, misses_ = 0, evictions_ = 0, prefetches_ = 0, failures_ = 0, waits_ = 0, timeouts_ = 0;
   std::chrono::duration<double> waited_{0};
 };

@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import json
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -24,6 +23,7 @@ from loraxs_ext.layers.tiny import draw_projections
 from loraxs_ext.peft import LoraXSConfig
 from loraxs_ext.store import RowLayout, Segment
 
+from .patterns import check_patterns
 from .streaming import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_adapter_config
 
 PREFIX = "base_model.model."
@@ -123,16 +123,10 @@ def _config(text: str) -> LoraXSConfig:
 
 
 def _check_pattern(field: str, pattern: object) -> None:
-    """Refuse what is no mapping from regular expressions to numbers."""
+    """Refuse what is no mapping from names to numbers."""
     if not isinstance(pattern, dict):
         raise ValueError(f"{ADAPTER_CONFIG}: {field}: expected an object of numbers by name, got {pattern!r:.100}")
     for name, value in pattern.items():
-        try:
-            re.compile(name)
-        except re.error as reason:
-            raise ValueError(
-                f"{ADAPTER_CONFIG}: {field}: expected regular expressions, got {name!r:.100}: {reason}"
-            ) from None
         _check_number(f"{field}: {name}", value)
 
 
@@ -145,6 +139,7 @@ def _check_number(field: str, value: object) -> None:
 def _plan(header: bytes, size: int, text: str) -> _Plan:
     """How to read the files with this header, `size` bytes of data behind it and this configuration."""
     config, modules = _config(text), _modules(header, size)
+    check_patterns({"rank_pattern": config.rank_pattern, "alpha_pattern": config.alpha_pattern}, modules)
     segments = []
     for key in sorted(modules):
         most = _pattern(config.rank_pattern, key, config.r)

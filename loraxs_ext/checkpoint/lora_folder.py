@@ -14,6 +14,7 @@ from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from .patterns import check_patterns
 from .streaming import ADAPTER_WEIGHTS, read_adapter_config
 
 _PREFIX = "base_model.model."
@@ -78,6 +79,10 @@ def read_lora(folder: Path) -> LoraFolder:
         raise ValueError(f"{folder / ADAPTER_WEIGHTS} is damaged: {reason}") from None
     if not factors:
         raise ValueError(f"{folder} must hold lora_A and lora_B of some modules, got none")
+    try:
+        check_patterns({name: fields.get(name) for name in ("rank_pattern", "alpha_pattern")}, factors)
+    except ValueError as reason:
+        raise ValueError(f"{folder}: {reason}") from None
     modules = {name: _module(name, parts, fields, folder) for name, parts in factors.items()}
     return LoraFolder(fields, modules, others)
 
@@ -122,11 +127,6 @@ def _check_fields(fields: Mapping[str, Any], folder: Path) -> None:
     for name, alpha in [("lora_alpha", fields.get("lora_alpha")), *patterns[1].items()]:
         if type(alpha) not in (int, float) or not math.isfinite(alpha):
             raise ValueError(f"{folder}: alpha of {name}: expected a number, got {alpha!r}")
-    for name in patterns[0] | patterns[1]:
-        try:
-            re.compile(name)
-        except re.error as reason:
-            raise ValueError(f"{folder}: {name!r}: expected a regular expression: {reason}") from None
 
 
 def delta_norm(module: LoraModule) -> float:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -250,6 +251,7 @@ def unpack(
     Raises:
         KeyError: there is no such adapter.
         FileExistsError: `folder` exists.
+        OSError: it cannot be written.
     """
     row = store.row(name, version)
     if row.steps is not None:
@@ -260,7 +262,10 @@ def unpack(
         tensors[f"{PREFIX}{key}.loraxs_R.weight"] = row.numbers[offset : offset + r * r].view(r, r).clone()
         tensors[f"{PREFIX}{key}.loraxs_R.sketch"] = store.manifest.sketches[key][:, :r].contiguous()
     with atomic_folder(folder, overwrite=overwrite) as temporary:
-        save_file(tensors, temporary / ADAPTER_WEIGHTS, {"format": "pt"})
+        try:
+            save_file(tensors, temporary / ADAPTER_WEIGHTS, {"format": "pt"})
+        except SafetensorError as reason:
+            raise OSError(f"{folder}: {reason}") from None
         _config_for(row.layout, store.manifest).save_pretrained(str(temporary))
 
 

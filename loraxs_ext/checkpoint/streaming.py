@@ -26,6 +26,7 @@ from loraxs_ext.peft.transport import anchors_path
 from loraxs_ext.peft.verify import Mismatch, is_foreign, report
 
 from .model_folder import Target, WeightStream, empty_model, locate, model_config
+from .patterns import check_patterns
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _TASKS = {
@@ -44,7 +45,7 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     """The fields of adapter_config.json.
 
     Raises:
-        ValueError: the folder is not that of an adapter in safetensors.
+        ValueError: the folder is not that of an adapter in safetensors, or has patterns that PEFT could match for ever.
     """
     path = folder / ADAPTER_CONFIG
     if not path.is_file():
@@ -52,6 +53,10 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     fields = read_json(path)
     if not (folder / ADAPTER_WEIGHTS).is_file():
         raise ValueError(f"{folder} must hold {ADAPTER_WEIGHTS}; pickled adapters are not read, save it again")
+    try:
+        check_patterns(fields)
+    except ValueError as reason:
+        raise ValueError(f"{path}: {reason}") from None
     return fields
 
 

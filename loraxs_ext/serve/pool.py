@@ -114,15 +114,18 @@ class AdapterPool:
         tensor was overwritten in place; `slot_buffer` makes one for that.
 
         Args:
-            slots: int32 [tokens] on the device of the pool, −1 for the base model; None for −1 everywhere until the
-                first assignment.
+            slots: int32 [tokens] on the device of the pool, from −1, the base model, to S − 1; None for −1 everywhere
+                until the first assignment. On a GPU, what is in it isn't read here, for that would wait for the device,
+                nor is what is written into it later: the caller vouches for it, and kernels read whatever a wrong slot
+                points at.
             timeout: seconds to wait for another thread that is inside; None for ever.
 
         Yields:
             a function that puts another tensor in the place of `slots`.
 
         Raises:
-            ValueError: not such a tensor; or, by the forward pass, not as many slots as tokens.
+            ValueError: not such a tensor; on the CPU, a slot that there is not; or, by the forward pass, not as many
+                slots as tokens.
             TimeoutError: another thread is inside.
         """
         with self._one_at_a_time(timeout):
@@ -241,6 +244,11 @@ class AdapterPool:
         if slots.dtype != torch.int32 or slots.ndim != 1 or slots.device != self.device:
             got = f"{slots.dtype} {list(slots.shape)} on {slots.device}"
             raise ValueError(f"slots: expected torch.int32 [tokens] on {self.device}, got {got}")
+        if slots.device.type == "cpu" and slots.numel():
+            least, most = (int(bound) for bound in slots.aminmax())
+            if least < -1 or most >= self.slab.slots:
+                wrong = least if least < -1 else most
+                raise ValueError(f"slots: expected -1 (the base model) to {self.slab.slots - 1}, got {wrong}")
         return slots
 
 

@@ -301,8 +301,8 @@ class AdapterStore:
         Raises:
             FileExistsError: there is something at `target`.
         """
-        with atomic_folder(Path(target)) as folder, self._environment.raw() as env:
-            env.copy(str(folder), compact=True)
+        with atomic_folder(Path(target)) as folder:
+            self._environment.copy(folder)
 
     def stat(self) -> Statistics:
         """How many adapters there are, and the room they take."""

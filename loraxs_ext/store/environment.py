@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
+import struct
+import subprocess
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +23,23 @@ Database = Any
 # Address space, not memory or disk: the file grows with what is in it.
 _FIRST_MAP = 1 << 30
 _MAX_READERS = 1024
+# At least what LMDB wants of its lock.mdb.
+_LOCK_BYTES, _READER_BYTES = 4096, 64
+# A page of data.mdb that says where the trees are: 16 bytes of header, magic, version, address and size of the map, two
+# trees of 48 bytes that begin with the size of a page, the last page, the transaction.
+_META = struct.Struct("=16xII16xI92xQQ")
+_MAGIC = 0xBEEFC0DE
+_PAGE_SIZES = [1 << i for i in range(9, 17)]
+# Touches every page of the databases.
+_WALK = """
+import sys, lmdb
+env = lmdb.open(sys.argv[1], readonly=True, lock=False, max_dbs=len(sys.argv))
+for name in sys.argv[2:]:
+    database = env.open_db(name.encode(), create=False)
+    with env.begin(database, buffers=True) as transaction:
+        for _, value in transaction.cursor():
+            sum(value[::512])
+"""
 # A transaction of ours takes milliseconds; longer than this only a write that waits for another process.
 _FORK_PATIENCE = 10.0
 
@@ -89,9 +110,12 @@ class Environment:
             return
         with self._gate.alone():
             self._closed = True
-            if self._env is not None and not self._options["sync"] and not self.readonly:
-                self._env.sync(True)
-            self._release()
+            try:
+                if self._env is not None and not self._options["sync"] and not self.readonly:
+                    with self._told():
+                        self._env.sync(True)
+            finally:
+                self._release()
 
     @contextmanager
     def reading(self) -> Iterator[tuple[Transaction, dict[str, Database]]]:
@@ -126,7 +150,7 @@ class Environment:
             with self._gate.shared():
                 env = self._ready()
                 try:
-                    with self._told(), env.begin(write=True, buffers=True) as transaction:
+                    with self._told_of_disk(self.folder), env.begin(write=True, buffers=True) as transaction:
                         return change(transaction, self._databases)
                 except self._lmdb.MapFullError:
                     size = 2 * env.info()["map_size"]
@@ -145,10 +169,27 @@ class Environment:
             raise OSError(f"{self.folder}: {reason}") from reason
 
     @contextmanager
+    def _told_of_disk(self, folder: Path) -> Iterator[None]:
+        """The same, for what is written to `folder`: LMDB calls the end of a full disk an input/output error, too."""
+        try:
+            with self._told():
+                yield
+        except OSError as reason:
+            free = shutil.disk_usage(folder).free
+            raise OSError(f"{reason}; nothing of it was kept, {free / 1e6:.1f} MB are free on that disk") from reason
+
+    @contextmanager
     def raw(self) -> Iterator[Any]:
         """The environment of py-lmdb."""
-        with self._gate.shared():
+        with self._gate.shared(), self._told():
             yield self._ready()
+
+    def copy(self, folder: Path) -> None:
+        """Write data.mdb without its free pages to `folder`."""
+        with self._gate.shared():
+            env = self._ready()
+            with self._told_of_disk(folder):
+                env.copy(str(folder), compact=True)
 
     def _ready(self) -> Any:
         if self._closed:
@@ -172,7 +213,11 @@ class Environment:
                 f"{guarded}: cannot be written, and readers register there. If nobody writes to the store while it is "
                 f"open, open it with readonly=True, lock=False"
             )
-        used = data.stat().st_size if data.exists() else 0
+        used = _checked_size(data, self._names) if data.exists() else 0
+        if not self.readonly and data.exists():
+            _fill_up(data, used)
+        if self._options["lock"] and not lock_file.exists():
+            _allocate(lock_file, _LOCK_BYTES + _READER_BYTES * _MAX_READERS)
         try:
             env = self._lmdb.open(
                 str(self.folder),
@@ -228,6 +273,61 @@ class Environment:
             self._release()
         else:
             self._fork_failed = True
+
+
+def _checked_size(data: Path, databases: Sequence[str]) -> int:
+    """The size of a data.mdb, with all its pages: one that is mapped and is not in the file kills who reads it.
+
+    Raises:
+        ValueError: it is none, or was cut off.
+    """
+    with data.open("rb") as file:
+        first = file.read(_META.size)
+        size = _META.unpack(first)[2] if len(first) == _META.size else 0
+        # The two pages are written in turn; the later says what was committed last.
+        file.seek(size)
+        metas = [_META.unpack(page) for page in (first, file.read(_META.size)) if len(page) == _META.size]
+        # After the pages, so that another process may go on writing.
+        found = os.fstat(file.fileno()).st_size
+    magics = {(magic, version) for magic, version, *_ in metas}
+    if len(metas) < 2 or magics != {(_MAGIC, 1)} or size not in _PAGE_SIZES:
+        raise ValueError(
+            f"{data.parent}: expected an adapter store, got a data.mdb of {found} bytes that is none of LMDB"
+        )
+    _, _, _, last, _ = max(metas, key=lambda meta: meta[-1])
+    whole = (last + 1) * size
+    # LMDB may leave out pages at the end that hold nothing. Another process may die to find out.
+    if found < whole:
+        walk = [sys.executable, "-c", _WALK, str(data.parent), *databases]
+        if subprocess.run(walk, stdin=subprocess.DEVNULL, capture_output=True).returncode != 0:
+            raise ValueError(f"{data}: expected {whole} bytes, got {found}: it was cut off, or not copied whole")
+    return whole
+
+
+def _fill_up(data: Path, size: int) -> None:
+    """Add what a file lacks of its pages, so that none is missing, also of those that only a writer reads."""
+    with data.open("r+b") as file:
+        found = os.fstat(file.fileno()).st_size
+        # Unlike `truncate`, never cuts off what another process writes meanwhile.
+        if found < size and hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), found, size - found)
+
+
+def _allocate(path: Path, size: int) -> None:
+    """Make a file of zeros that has its place on the disk: a full disk would kill who writes to a map of it."""
+    if not hasattr(os, "posix_fallocate"):
+        return
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+    except FileExistsError:
+        return
+    try:
+        os.posix_fallocate(descriptor, 0, size)
+    except OSError as reason:
+        path.unlink()
+        raise OSError(reason.errno, f"{reason.strerror}: {size} bytes for the locks of the store", str(path)) from None
+    finally:
+        os.close(descriptor)
 
 
 _ENVIRONMENTS: weakref.WeakSet[Environment] = weakref.WeakSet()

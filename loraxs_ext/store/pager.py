@@ -9,19 +9,20 @@ import warnings
 import weakref
 from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from importlib import import_module
 from types import TracebackType
 from typing import Any, TypeAlias, cast
 
+from .background import Background
 from .row import RowSource
 from .slab import Slab
-from .transfer import transfer_to
+from .transfer import Batch, transfer_to
 
 _PREFETCH_THREADS = 2
-# Names with the slots they go to.
-_Portions: TypeAlias = deque[list[tuple[str, int]]]
+# Owners of slots (loraxs_ext._C.Hold): what an interrupt makes us lose sight of, they give back.
+_Portions: TypeAlias = deque[Any]
 
 
 class Lease:
@@ -31,12 +32,11 @@ class Lease:
     then, on the stream that was current at `acquire` and on the one that is current at `release`.
     """
 
-    def __init__(self, pager: Pager, slots: list[int], held: list[int], before: Any) -> None:
+    def __init__(self, pager: Pager, slots: list[int], hold: Any, before: Any) -> None:
         self._pager = pager
         self._slots = slots
         self._before = before
-        # From here on the lease gives the slots back, not who makes it.
-        self._held: list[int] | None = held
+        self._hold = hold
 
     @property
     def slots(self) -> list[int]:
@@ -45,15 +45,15 @@ class Lease:
         Raises:
             RuntimeError: the lease was released; other adapters may lie in its slots by now.
         """
-        if self._held is None:
+        if not self._hold.held:
             raise RuntimeError("the lease was released: its slots may hold other adapters by now")
         return self._slots
 
     def release(self) -> None:
-        """Give the slots back. A second call does nothing."""
-        held, self._held = self._held, None
-        if held is not None:
-            self._pager._release(held, self._before)
+        """Give the slots back. A second call does nothing, unless Ctrl-C ended the first before it was done."""
+        if self._hold.held:
+            self._pager._transfer.after_use(self._hold.slots, self._before)
+            self._hold.release()
 
     def __enter__(self) -> Lease:
         return self
@@ -64,7 +64,7 @@ class Lease:
         self.release()
 
     def __del__(self) -> None:
-        if getattr(self, "_held", None) is not None:
+        if hasattr(self, "_hold") and self._hold.held:
             warnings.warn("a lease was dropped without release()", ResourceWarning, stacklevel=2)
             self.release()
 
@@ -89,7 +89,7 @@ class Pager:
         self.slab = slab
         self._table = _slot_table(slab.slots)
         self._transfer = transfer_to(slab)
-        self._pool = ThreadPoolExecutor(_PREFETCH_THREADS, thread_name_prefix="loraxs-prefetch")
+        self._background = Background(_PREFETCH_THREADS, "loraxs-prefetch")
         self._lock = threading.Lock()
         _PAGERS.add(self)
         self._loads = 0
@@ -114,21 +114,22 @@ class Pager:
         wanted = list(dict.fromkeys(name for name in names if name is not None))
         versions = self._versions(wanted)
         deadline = None if timeout is None else time.monotonic() + timeout
-        held: list[int] = []
-        to_load: list[int] = []
+        hold = None
         try:
-            held, to_load, loading = self._table.acquire(wanted, versions, timeout)
+            hold = self._table.acquire(wanted, versions, timeout)
+            slots, to_load, loading = hold.slots, hold.to_load, hold.loading
             if to_load:
-                self._load([wanted[i] for i in to_load], [held[i] for i in to_load])
+                self._load([wanted[i] for i in to_load], [slots[i] for i in to_load])
             if loading:
                 left = None if deadline is None else max(0.0, deadline - time.monotonic())
-                self._table.wait([held[i] for i in loading], left)
-            before = self._transfer.before_use(held)
-            slot_of: dict[str | None, int] = dict(zip(wanted, held, strict=True))
-            return Lease(self, [slot_of.get(name, -1) for name in names], held, before)
+                self._table.wait([slots[i] for i in loading], left)
+            before = self._transfer.before_use(slots)
+            slot_of: dict[str | None, int] = dict(zip(wanted, slots, strict=True))
+            return Lease(self, [slot_of.get(name, -1) for name in names], hold, before)
         except BaseException as error:
-            self._give_up([held[i] for i in to_load], error)
-            self._table.release(held)
+            # Not left to its end, which may be far away: the traceback keeps it.
+            if hold is not None:
+                hold.release(_interrupted(error))
             raise
 
     def prefetch(self, names: Sequence[str]) -> int:
@@ -144,26 +145,19 @@ class Pager:
         _refuse_text(names)
         wanted = list(dict.fromkeys(names))
         versions = self._versions(wanted)
-        size = self._transfer.capacity
-        slots: list[int] = []
-        to_load: list[int] = []
-        portions: _Portions | None = None
+        portions: _Portions = deque()
         try:
-            slots, to_load, _ = self._table.prefetch(wanted, versions)
-            pairs = [(wanted[i], slots[i]) for i in to_load]
             # So that who needs the first need not wait for the last. Each belongs to who takes it from here.
-            portions = deque(pairs[begin : begin + size] for begin in range(0, len(pairs), size))
+            portions += self._table.prefetch(wanted, versions, self._transfer.capacity)
+            count = sum([len(hold.to_load) for hold in portions])
             for _ in range(len(portions)):
-                self._pool.submit(self._load_ahead, portions)
+                self._background.put(partial(self._load_ahead, wanted, portions))
+            return count
         except BaseException as error:
-            if portions is None:
-                portions = deque([[(wanted[i], slots[i]) for i in to_load]])
-            while portions:
-                left = [slot for _, slot in portions.pop()]
-                self._give_up(left, error)
-                self._table.release(left)
+            with suppress(IndexError):
+                while True:
+                    portions.popleft().release(_interrupted(error))
             raise
-        return len(to_load)
 
     def pin(self, names: Sequence[str], timeout: float | None = None) -> None:
         """Load adapters and keep them, and the versions that replace them once those are asked for; see `acquire`."""
@@ -187,7 +181,7 @@ class Pager:
     def close(self) -> None:
         """Wake whoever waits with an error, end the threads and copies. Leases can still be released."""
         self._table.close()
-        self._pool.shutdown()
+        self._background.close()
         self._transfer.close()
 
     def __enter__(self) -> Pager:
@@ -212,7 +206,7 @@ class Pager:
         return versions
 
     def _load(self, names: list[str], slots: list[int]) -> None:
-        """Fill slots, those that can be filled. Raises the first error; then `_give_up` is due for the slots."""
+        """Fill slots, those that can be filled. Raises the first error; others may still be loading then."""
         first: Exception | None = None
         capacity = self._transfer.capacity
         for begin in range(0, len(slots), capacity):
@@ -224,49 +218,45 @@ class Pager:
     def _load_batch(self, names: list[str], slots: list[int]) -> Exception | None:
         start = time.perf_counter()
         versions: dict[int, int] = {}
-        first: Exception | None = None
-        with self._transfer.batch() as batch:
+        errors: list[Exception] = []
+
+        def fill(batch: Batch) -> None:
             for slot, name in zip(slots, names, strict=True):
                 try:
                     row = self.source.row(name)
                     batch.put(slot, row)
                 except Exception as error:
                     self._table.failed([slot], f"adapter {name!r} could not be loaded: {error}")
-                    first = first or _explain(name, error)
+                    errors.append(_explain(name, error))
                 else:
                     versions[slot] = row.version
+
+        self._transfer.load(fill)
         self._table.loaded(list(versions), list(versions.values()))
         with self._lock:
             self._loads += len(versions)
             self._load_seconds += time.perf_counter() - start
-        return first
+        return errors[0] if errors else None
 
-    def _load_ahead(self, portions: _Portions) -> None:
+    def _load_ahead(self, wanted: list[str], portions: _Portions) -> None:
         try:
-            names, slots = map(list, zip(*portions.popleft(), strict=True))
+            hold = portions.popleft()
         except IndexError:
             return  # `prefetch` was interrupted, and has given it up.
         try:
-            self._load(names, slots)
+            slots, to_load = hold.slots, hold.to_load
+            self._load([wanted[i] for i in to_load], [slots[i] for i in to_load])
         except BaseException as error:
             # Counted, and told to who asks for the adapter.
-            self._give_up(slots, error)
-        finally:
-            self._table.release(slots)
-
-    def _give_up(self, slots: list[int], reason: BaseException) -> None:
-        """Let nobody wait for those of these slots that are still being loaded."""
-        self._table.failed(slots, f"loading was interrupted: {reason!r}")
-
-    def _release(self, held: list[int], before: Any) -> None:
-        self._transfer.after_use(held, before)
-        self._table.release(held)
+            hold.release(_interrupted(error))
+        else:
+            hold.release()
 
 
 class _ParentsTable:
     """The table of a pager in a forked child, where its threads are not, and maybe not who holds its lock."""
 
-    def release(self, slots: list[int]) -> None:
+    def abandon(self) -> None:
         pass
 
     def close(self) -> None:
@@ -281,11 +271,17 @@ _PAGERS: weakref.WeakSet[Pager] = weakref.WeakSet()
 
 def _leave_to_parent() -> None:
     for pager in list(_PAGERS):
+        pager._table.abandon()
         pager._table = _ParentsTable()
 
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_leave_to_parent)
+
+
+def _interrupted(error: BaseException) -> str:
+    """What to tell others who wait for a row that is not going to be loaded."""
+    return f"loading was interrupted: {error!r}"
 
 
 def _refuse_text(names: Sequence[str | None]) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import queue
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+import threading
+from collections.abc import Callable, Sequence
+from itertools import cycle, islice
 from typing import Any, Protocol
 
 import torch
@@ -33,8 +33,8 @@ class Transfer(Protocol):
 
     capacity: int
 
-    def batch(self) -> AbstractContextManager[Batch]:
-        """Up to `capacity` rows; after the block they are in their slots, or will be in the order of the device."""
+    def load(self, fill: Callable[[Batch], None]) -> None:
+        """Let `fill` put up to `capacity` rows; then they are in their slots, or will be in the order of the device."""
         ...
 
     def before_use(self, slots: Sequence[int]) -> Any:
@@ -57,9 +57,8 @@ class InPlace:
         self._slab = slab
         self.capacity = _PORTION
 
-    @contextmanager
-    def batch(self) -> Iterator[Batch]:
-        yield self
+    def load(self, fill: Callable[[Batch], None]) -> None:
+        fill(self)
 
     def put(self, slot: int, row: AdapterRow) -> None:
         self._slab.pack(row, self._slab.rows[slot])
@@ -89,24 +88,28 @@ class Streamed:
         self._stream = torch.cuda.Stream(slab.device)
         # The slab's first zeros were written on the stream that is current now.
         self._stream.wait_stream(torch.cuda.current_stream(slab.device))
-        self._idle: queue.SimpleQueue[_Staging] = queue.SimpleQueue()
-        for _ in range(_STAGING_BUFFERS):
-            self._idle.put(_Staging(self.capacity, slab))
+        # Each in its turn, so that one is packed while the last is copied.
+        self._staging = cycle([_Staging(self.capacity, slab) for _ in range(_STAGING_BUFFERS)])
         # Slot -> the end of the copy that filled it, until that is known to have passed.
         self._copied: dict[int, torch.cuda.Event] = {}
         # Per slot: stream -> the end of the last computation on it that read the slot.
         self._used: list[dict[int, torch.cuda.Event]] = [{} for _ in range(slab.slots)]
 
-    @contextmanager
-    def batch(self) -> Iterator[Batch]:
-        staging = self._idle.get()
-        try:
+    def load(self, fill: Callable[[Batch], None]) -> None:
+        staging = self._next_staging()
+        # Unlike what is taken out of a queue, this is given back after any interrupt.
+        with staging.lock:
             staging.reuse()
-            yield staging
+            fill(staging)
             if staging.slots:
                 self._copy(staging)
-        finally:
-            self._idle.put(staging)
+
+    def _next_staging(self) -> _Staging:
+        """One that nobody packs, as far as one can know before it is locked."""
+        for staging in islice(self._staging, _STAGING_BUFFERS):
+            if not staging.lock.locked():
+                break
+        return staging
 
     def _copy(self, staging: _Staging) -> None:
         slots = staging.slots
@@ -165,6 +168,7 @@ class _Staging:
     """A pinned buffer of some rows on their way to the slab."""
 
     def __init__(self, capacity: int, slab: Slab) -> None:
+        self.lock = threading.Lock()
         self._slab = slab
         with torch.inference_mode(False):
             pinned = slab.device.type == "cuda"

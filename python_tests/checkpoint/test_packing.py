@@ -224,7 +224,7 @@ NAME = "base_model.model.model.layers.0.self_attn.q_proj.loraxs_R."
         ({}, {"r": "4"}, "r: expected an int, got '4'"),
         ({}, {"lora_alpha": 10**400}, "lora_alpha: expected a finite number, got 1000"),
         ({}, {"rank_pattern": [1]}, r"rank_pattern: expected an object of numbers by name, got \[1\]"),
-        ({}, {"alpha_pattern": {"(": 2}}, r"alpha_pattern: expected regular expressions, got '\('"),
+        ({}, {"alpha_pattern": {"(": 2}}, r"alpha_pattern: expected a regular expression, got '\('"),
         ({}, {"alpha_pattern": {"q_proj": None}}, "alpha_pattern: q_proj: expected a finite number, got None"),
         ({}, {"peft_type": None}, "peft_type: expected 'LORAXS', got None"),
     ],

@@ -152,6 +152,7 @@ def damaged(folder: Path, tensors=None, config=None) -> dict:
         (lambda f: {**files_of(f), "config": b"[]"}, 422, "expected a JSON object"),
         (lambda f: damaged(f, config={"peft_type": "LORA"}), 422, "LORAXS"),
         (lambda f: damaged(f, config={"use_edora": True}), 422, "edora"),
+        (lambda f: damaged(f, config={"rank_pattern": {r"([\w.]+)+!": 4}}), 422, "in reasonable time, got"),
         (lambda f: damaged(f, config={"use_tinylora": True, "u": 1 << 40}), 422, "u · r²"),
         (lambda f: damaged(f, config={"sigma": "sqrt"}), 422, "sigma"),
         (lambda f: damaged(f, lambda t: {k: v * torch.nan for k, v in t.items()}), 422, "finite"),
@@ -165,7 +166,7 @@ def damaged(folder: Path, tensors=None, config=None) -> dict:
     ],
     ids=[
         "no config", "more files", "zeros", "long header", "cut", "large", "config cut", "config list", "LoRA", "EDoRA",
-        "huge TinyLoRA", "other sigma", "NaN", "not square", "other modules", "other basis",
+        "pattern without end", "huge TinyLoRA", "other sigma", "NaN", "not square", "other modules", "other basis",
     ],
 )  # fmt: skip
 def test_what_is_no_adapter_of_this_store_is_refused(site: Site, server: Running, change, status, sentence):

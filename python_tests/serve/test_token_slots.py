@@ -78,6 +78,20 @@ def test_other_tensors_are_refused(llama: Scene, slots):
         assign(slots)
 
 
+@pytest.mark.parametrize("slot", [-2, "S", 2**31 - 1, -(2**31)])
+def test_slots_that_there_are_not_are_refused(llama: Scene, slot):
+    number = llama.pool.slab.slots if slot == "S" else slot
+    wrong = torch.tensor([0, number, -1], dtype=torch.int32)
+    message = rf"slots: expected -1 \(the base model\) to {llama.pool.slab.slots - 1}, got {number}"
+    with pytest.raises(ValueError, match=message), llama.pool.token_slots(wrong):
+        pass
+    with llama.pool.token_slots() as assign:
+        with pytest.raises(ValueError, match=message):
+            assign(wrong)
+        for right in ([-1, llama.pool.slab.slots - 1], []):
+            assign(torch.tensor(right, dtype=torch.int32))
+
+
 def test_a_compiled_step_sees_what_is_written_into_the_buffer(llama: Scene):
     torch._dynamo.reset()
     inputs = packed(llama)

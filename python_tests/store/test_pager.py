@@ -5,12 +5,10 @@ from __future__ import annotations
 import gc
 import os
 import random
-import sys
+import signal
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator
-from functools import partial
 from importlib import import_module
 
 import pytest
@@ -272,58 +270,33 @@ def test_a_prefetch_that_fails_is_reported_to_who_asks(pager, source):
     assert idle(pager) and pager.stats()["failures"] == 11
 
 
-RELEASING = ("release", "_release", "__del__", "_give_up")
-
-
-def _interrupted_at(line: int, action: Callable[[], object]) -> bool:
-    """Run `action`, with a Ctrl-C where the pager comes to its `line`th line; whether it came so far."""
-    left = line
-
-    def trace(frame, event, argument):
-        nonlocal left
-        # An interrupt within `release` may cost a slot: to give it back twice would be worse.
-        if not frame.f_code.co_filename.endswith("store/pager.py") or frame.f_code.co_name in RELEASING:
-            return None
-        left -= event == "line"
-        if left == 0 and event == "line":
-            raise KeyboardInterrupt
-        return trace
-
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        action()
-    except KeyboardInterrupt:
-        pass
-    finally:
-        sys.settrace(before)
-    return left <= 0
-
-
-def test_an_interrupt_anywhere_leaves_no_slot_behind(source):
-    with Pager(source, Slab(LAYOUT, 2)) as pager, warnings.catch_warnings():
-        warnings.simplefilter("ignore", ResourceWarning)
-        for line in range(1, 45):
-            interrupted = _interrupted_at(line, partial(pager.acquire, [f"a{line}", f"b{line}"]))
-            assert interrupted or line > 20
-            until(lambda: idle(pager))
-            with pager.acquire(["x", "y"], timeout=LONG) as lease:
-                assert holds(pager, lease.slots[0], "x") and holds(pager, lease.slots[1], "y")
-
-
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
-def test_a_forked_child_is_told_and_does_not_hang(pager):
-    with pager.acquire(["alice"]):
+def test_a_forked_child_is_told_and_does_not_hang(pager, source):
+    begun, go_on = threading.Event(), threading.Event()
+    source.before_row = lambda name: name == "slow" and (begun.set(), go_on.wait(LONG))
+    threads = [threading.Thread(target=lambda: pager.acquire(["slow"]).release()) for _ in range(2)]
+    with pager.acquire(["alice"]) as lease:
+        for thread in threads:
+            thread.start()
+        assert begun.wait(LONG)
+        until(lambda: pager.stats()["hits"] == 1)  # The other waits, within the table.
         child = os.fork()
         if child == 0:
+            signal.alarm(int(LONG))
             told = 0
+            lease.release()
             for action in (pager.acquire, pager.prefetch, pager.pin):
                 try:
                     action(["bob"])
                 except RuntimeError as error:
                     told += "make one after the fork" in str(error)
+            pager.close()
             os._exit(told)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
+        assert pager.stats()["in_use"] == 2
+        go_on.set()
+        for thread in threads:
+            thread.join(LONG)
     assert idle(pager)
 
 

@@ -10,6 +10,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 
@@ -18,13 +19,38 @@ from ..ops.simt import build
 _C = pytest.importorskip("loraxs_ext._C", reason="the native parts are not built")
 if not hasattr(_C, "SlotTable"):
     pytest.skip("the native parts are older than these tests", allow_module_level=True)
-SlotTable = _C.SlotTable
+
+
+class SlotTable(_C.SlotTable):
+    """Keeps the holds, so that a test can say which slots are given back, and when."""
+
+    def __init__(self, slots: int) -> None:
+        super().__init__(slots)
+        self.holds = []
+
+    def release(self, slots: list[int]) -> None:
+        hold = next(hold for hold in self.holds if hold.slots == slots)
+        self.holds.remove(hold)
+        hold.release()
+
 
 LONG = 30.0  # seconds; only a broken table takes as long
 
 
 def acquire(table, *keys: tuple[str, int], timeout: float | None = 0.0):
-    return table.acquire([name for name, _ in keys], [version for _, version in keys], timeout)
+    table.holds.append(table.acquire([name for name, _ in keys], [version for _, version in keys], timeout))
+    return kept(table.holds[-1])
+
+
+def kept(hold) -> tuple[list[int], list[int], list[int]]:
+    """What a hold says: the slots, and the positions of names to load and of names that others load."""
+    return hold.slots, hold.to_load, hold.loading
+
+
+def prefetch(table, names: list[str], portion: int = 9):
+    """In one portion; what is not there to be loaded has no hold."""
+    table.holds += (holds := table.prefetch(names, [1] * len(names), portion))
+    return [kept(hold) for hold in holds]
 
 
 def load(table, *keys: tuple[str, int]) -> list[int]:
@@ -109,7 +135,8 @@ def test_superseded_versions_go_first():
     touch(table, "b")
     new = load(table, ("a", 2))
     assert new != old
-    table.release(old + new)
+    table.release(old)
+    table.release(new)
     assert touch(table, "c") == old  # though b was used less recently
     assert resident(table, "a", version=2) == ["a"]
 
@@ -206,7 +233,7 @@ def test_what_is_loaded_already_does_not_fail():
 
 def test_first_come_first_served():
     table = SlotTable(4)
-    held = load(table, *((name, 1) for name in "abcd"))
+    held = [slot for name in "abcd" for slot in load(table, (name, 1))]
     order: list[str] = []
 
     def request(label: str, *keys: tuple[str, int]) -> None:
@@ -277,7 +304,7 @@ def test_close_wakes_everybody():
     for thread in threads:
         thread.join(LONG)
     assert sorted(errors) == 3 * ["acquire: the slot table is closed"] + ["wait: the slot table is closed"]
-    for refused in (table.acquire, table.prefetch):
+    for refused in (table.acquire, partial(table.prefetch, portion=1)):
         with pytest.raises(RuntimeError, match="closed"):
             refused(["a"], [1])
     table.loaded(slots, [1])
@@ -308,14 +335,14 @@ class TestPrefetch:
         table = SlotTable(3)
         touch(table, "a", "b")
         (held,) = load(table, ("b", 1))
-        slots, to_load, loading = table.prefetch(["b", "c", "d", "e"], [1] * 4)
+        ((slots, to_load, loading),) = prefetch(table, ["b", "c", "d", "e"])
         assert to_load == [1, 2] and loading == [] and slots[0] == slots[3] == -1  # a was evicted, b is here
         assert held not in slots
         table.loaded(slots[1:3], [1, 1])
-        table.release(slots[1:3])
+        table.release(slots)
         assert table.stats()["prefetches"] == 2
         # What an earlier prefetch brought stays for whom it was brought.
-        assert table.prefetch(["f"], [1])[1] == []
+        assert prefetch(table, ["f"]) == []
         assert acquire(table, ("c", 1)) == ([slots[1]], [], [])
         table.release([slots[1]])
         # A request may take it.
@@ -324,40 +351,88 @@ class TestPrefetch:
     def test_keeps_what_is_here_already(self):
         table = SlotTable(2)
         slots = touch(table, "a", "b")
-        assert table.prefetch(["a"], [1]) == ([-1], [], [])
+        assert prefetch(table, ["a"]) == []
         assert touch(table, "c") == [slots[1]]
 
     def test_does_not_take_the_place_of_what_it_is_asked_for(self):
         table = SlotTable(2)
         slots = touch(table, "a", "b")
-        assert table.prefetch(["c", "a"], [1, 1]) == ([slots[1], -1], [0], [])
+        assert prefetch(table, ["c", "a"]) == [([slots[1], -1], [0], [])]
 
     def test_does_not_overtake(self):
         table = SlotTable(2)
         load(table, ("a", 1))
         thread = in_thread(lambda: load_waiting(table, [("b", 1), ("c", 1)]))
         until(lambda: table.stats()["waiting"] == 1)
-        assert table.prefetch(["d"], [1]) == ([-1], [], [])
+        assert prefetch(table, ["d"]) == []
         table.release([0])
         thread.join(LONG)
 
     def test_of_the_same_name_twice_loads_once(self):
         table = SlotTable(2)
-        assert table.prefetch(["a", "a"], [1, 1])[1] == [0]
+        ((_, to_load, _),) = prefetch(table, ["a", "a"])
+        assert to_load == [0]
+
+    def test_in_portions(self):
+        table = SlotTable(5)
+        touch(table, "b")
+        first, second = prefetch(table, list("abcde"), portion=3)
+        assert [to_load for _, to_load, _ in (first, second)] == [[0, 2, 3], [4]]
+        assert sorted(slot for slots, _, _ in (first, second) for slot in slots if slot >= 0) == [1, 2, 3, 4]
+        assert all((slots[i] >= 0) == (i in to_load) for slots, to_load, _ in (first, second) for i in range(5))
+
+
+class TestHold:
+    def test_one_that_nobody_has_is_given_back(self):
+        table = SlotTable(1)
+        acquire(table, ("a", 1))
+        waiting = acquire(table, ("a", 1))[0]
+        del table.holds[0]  # without a word of what became of its load
+        with pytest.raises(RuntimeError, match="^loading was interrupted$"):
+            table.wait(waiting)
+        table.release(waiting)
+        assert acquire(table, ("b", 1)) == ([0], [0], [])
+
+    def test_is_given_back_once(self):
+        table = SlotTable(1)
+        load(table, ("a", 1))
+        load(table, ("a", 1))
+        hold = table.holds[0]
+        assert hold.held
+        for _ in range(2):
+            hold.release()
+            assert not hold.held and hold.slots == [0]
+            assert table.stats()["in_use"] == 1
+
+    def test_tells_who_waits_why(self):
+        table = SlotTable(2)
+        acquire(table, ("a", 1), ("b", 1))
+        slots = acquire(table, ("a", 1), ("b", 1))[0]
+        table.loaded(slots[:1], [1])
+        table.holds[0].release("no more")
+        table.wait(slots[:1])
+        with pytest.raises(RuntimeError, match="^no more$"):
+            table.wait(slots)
+
+    def test_outlives_its_table(self):
+        table = _C.SlotTable(1)
+        hold = table.acquire(["a"], [1])
+        del table
+        assert hold.slots == [0]
+        hold.release()
 
 
 @pytest.mark.parametrize(
     ("action", "message"),
     [
-        (lambda t: t.release([0]), "release: slots: expected slots in use, got 0"),
-        (lambda t: t.release([2]), "release: slots: expected 0 to 1, got 2"),
-        (lambda t: t.release([-1]), "release: slots: expected 0 to 1, got -1"),
         (lambda t: t.loaded([0], [1]), "loaded: slots: expected slots in use, got 0"),
         (lambda t: t.loaded([0], []), "loaded: versions: expected 1, got 0"),
         (lambda t: t.loaded(load(t, ("a", 1)), [1]), "loaded: slots: expected slots being loaded, got 0"),
         (lambda t: t.failed([0], ""), "failed: slots: expected slots in use, got 0"),
-        (lambda t: t.release(acquire(t, ("a", 1))[0]), "expected slots that are loaded or failed, got 0, which is"),
         (lambda t: t.acquire(["a"], []), "versions: expected 1, got 0"),
+        (lambda t: t.loaded([2], [1]), "loaded: slots: expected 0 to 1, got 2"),
+        (lambda t: t.failed([-1], ""), "failed: slots: expected 0 to 1, got -1"),
+        (lambda t: t.prefetch(["a"], [1], 0), "portion: expected at least 1, got 0"),
         (lambda t: t.acquire(["a"], [1], -1.0), "timeout: expected seconds, 0 or more, got -1"),
         (lambda t: t.acquire(["a"], [1], float("nan")), "timeout: expected seconds, 0 or more, got"),
         (lambda t: SlotTable(0), "slots: expected at least 1, got 0"),

@@ -6,7 +6,6 @@ The streams are pretended (see `streams`), so that what could run at the same ti
 from __future__ import annotations
 
 import random
-from contextlib import contextmanager
 from importlib import import_module
 
 import pytest
@@ -34,12 +33,13 @@ class Watched(transfer.Streamed):
         self.reads: list[list[Clock]] = [[] for _ in range(slab.slots)]
         self.staged: dict[int, Clock] = {}
 
-    @contextmanager
-    def batch(self):
-        with super().batch() as staging:
+    def load(self, fill) -> None:
+        def watched(staging) -> None:
             before = self.staged.get(id(staging), Clock())
             assert reached(streams.HOST.known, before), "packed while it is being copied"
-            yield staging
+            fill(staging)
+
+        super().load(watched)
 
     def _copy(self, staging) -> None:
         super()._copy(staging)

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from loraxs_ext.basis import Recipe
+from loraxs_ext.checkpoint.patterns import check_patterns
 from loraxs_ext.checkpoint.streaming import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_adapter_config
 from loraxs_ext.peft import LoraXSConfig
 from loraxs_ext.store import AdapterRow, AdapterStore, RowLayout, Segment
@@ -129,6 +130,8 @@ def read_adapter(name: str, folder: Path) -> Found:
         if not core or part not in (_WEIGHT, _SKETCH):
             raise ValueError(f"adapter {name!r}: expected R matrices of linear layers alone, got {stored} beside them")
         parts.setdefault(key, {})[part] = tensor
+    if parts:
+        check_patterns({"rank_pattern": config.rank_pattern, "alpha_pattern": config.alpha_pattern}, parts)
     segments, numbers, sketches = [], [], {}
     for key, both in sorted(parts.items()):
         shapes = {part: tuple(tensor.shape) for part, tensor in both.items()}
