@@ -63,6 +63,9 @@ def _lives_on(server):
         ({"temperature": -0.1}, "temperature"),
         ({"temperature": 1e400}, "temperature"),
         ({"temperature": "hot"}, "temperature"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"temperature": True}, "temperature"),
+        ({"temperature": 10**400}, "temperature"),
         ({"top_p": 0}, "top_p"),
         ({"top_k": -1}, "top_k"),
         ({"seed": 1 << 70}, "seed"),
@@ -75,13 +78,16 @@ def _lives_on(server):
         ({"prompt": [50]}, "prompt: expected at least one token, each from 0 to 49"),
         ({"prompt": [-5]}, "prompt"),
         ({"prompt": [[5], []]}, "prompt: expected at least one token"),
-        ({"prompt": {"word": 5}}, "prompt"),
+        ({"prompt": {"word": 5}}, "prompt: expected a text, tokens, or a list of either"),
+        ({"prompt": [True]}, "prompt: expected a text, tokens, or a list of either"),
         ({"prompt": "\ud800"}, "prompt"),
         ({"prompt": None}, "prompt: Field required"),
         ({"model": None}, "model: Field required"),
         ({"model": 5}, "model"),
         ({"stop": ["a", "b", "c"]}, "stop: expected at most 2"),
+        ({"stop": ["a"] * 1500}, "stop: expected at most 2"),
         ({"stop": ""}, "stop"),
+        ({"stop": [1]}, "stop: expected a text or a list of texts"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"logprobs": 1}, "logprobs: this server does not support it"),
         ({"logprobs": 0}, "logprobs: this server does not support it"),
@@ -176,8 +182,9 @@ def test_unknown_models(server: Running, model):
     ids=["none", "no content", "role", "text", "image"],
 )
 def test_bad_messages(server: Running, messages):
-    body = json.dumps({"model": "tiny", "messages": messages})
-    check_error(send(server, "POST", "/v1/chat/completions", body), 422, "messages")
+    answer = send(server, "POST", "/v1/chat/completions", json.dumps({"model": "tiny", "messages": messages}))
+    check_error(answer, 422, "messages")
+    assert answer[2]["error"]["param"] in ("messages", "messages.0.content", "messages.0.role")
 
 
 @pytest.mark.parametrize("limit", ["0", "-1", "1001", "9" * 50, "x", "²"])
@@ -191,6 +198,12 @@ def test_wrong_keys(server: Running, path, key):
     key = key.encode().decode("latin-1")
     method = "POST" if path == "/v1/completions" else "GET"
     check_error(send(server, method, path, json.dumps(GOOD) if method == "POST" else None, key=key), 401, "valid key")
+
+
+@pytest.mark.parametrize("path", ["/metrics%0A", "//metrics", "/v1%0A/models", "/nothing", "/METRICS"])
+def test_another_spelling_of_a_path_is_no_way_around_the_key(server: Running, path):
+    check_error(send(server, "GET", path, Authorization=None), 401, "valid key")
+    check_error(send(server, "GET", path), 404, "no such route")
 
 
 def test_no_key(server: Running):

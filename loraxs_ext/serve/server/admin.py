@@ -80,7 +80,10 @@ def _put(store: AdapterStore, name: str, files: dict[str, BinaryIO], expected: i
 
 def _check_drawn(folder: Path) -> None:
     """Raise unless what a configuration makes the reader allocate is within reason."""
-    config = json.loads((folder / _CONFIG).read_bytes())
+    try:
+        config = json.loads((folder / _CONFIG).read_bytes())
+    except (ValueError, RecursionError):
+        raise ValueError(f"{_CONFIG}: expected JSON, got something else") from None
     if not isinstance(config, dict):
         raise ValueError(f"{_CONFIG}: expected a JSON object")
     if not config.get("use_tinylora"):
