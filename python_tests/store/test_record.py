@@ -181,6 +181,13 @@ def test_the_check_finds(tmp_path: Path, database: str, key: bytes, value: bytes
     assert any(re.search(message, problem) for problem in problems), problems
 
 
+def test_a_row_of_another_layout_than_its_digest_says_is_not_read(tmp_path: Path) -> None:
+    other = RowLayout([*LAYOUT.segments[:-1], LAYOUT.segments[-1]._replace(scaling=9.0)])
+    _, store = damaged(tmp_path / "s", "layouts", LAYOUT.digest, other.to_json().encode())
+    with store, pytest.raises(DamagedRecord, match=f"expected the layout {LAYOUT.digest.hex()}"):
+        store.row("bob")
+
+
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
