@@ -142,6 +142,8 @@ def test_clients_that_leave_do_not_disturb_the_others(server: Running, expected)
         time.sleep(0.01)
     assert server.service.engine.running == server.service.engine.waiting == 0
     assert server.service.engine.pool.stats()["in_use"] == 0
+    batching = server.service.engine._batching
+    assert not batching.slots and not batching.output_router.result_handlers
 
 
 def test_three_hundred_connections(server: Running, expected):
