@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import update_wrapper
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -43,7 +43,7 @@ class _Generate:
     def __init__(self, model: nn.Module, layers: Sequence[LoraXSLayer]) -> None:
         self._model, self._layers, self.contexts = model, layers, 0
         self._shadowed = vars(model).get("generate")
-        self._plain: Any = model.generate
+        self._plain = cast(Any, model.generate)
         update_wrapper(self, self._plain)
         model.generate = self  # type: ignore[assignment]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -217,6 +218,12 @@ def test_routes(server: Running):
     check_error(send(server, "PUT", "/v1/../admin/adapters/a"), 404, "no such route")
     for path in ("/health", "/ready", "/", "/page/page.js"):
         assert send(server, "GET", path, key="")[0] == 200
+
+
+@pytest.mark.parametrize("given", ["job.7_a-b", "<script>", "a b", "a" * 65, "é", ""])
+def test_the_id_of_a_request_is_the_clients_if_it_is_harmless(server: Running, given):
+    found = send(server, "GET", "/health", **{"X-Request-ID": given.encode()})[1]["X-Request-ID"]
+    assert found == given if given == "job.7_a-b" else re.fullmatch("[0-9a-f]{32}", found)
 
 
 def test_a_full_queue_and_a_slot_that_does_not_come_free(server: Running):

@@ -92,3 +92,11 @@ def test_a_request_that_the_engine_does_not_take_leaves_nothing_behind(site: Sit
         assert not engine._batching.slots and not engine._batching.output_router.result_handlers
         monkeypatch.undo()
         assert send(server, "POST", "/v1/completions", body)[0] == 200
+
+
+def test_the_wait_for_a_thread_is_part_of_the_wait_for_a_slot(site: Site, monkeypatch):
+    with running(site) as server:
+        engine, given = server.service.engine, []
+        monkeypatch.setattr(engine.pool, "acquire", lambda names, timeout: given.append((names, timeout)))
+        engine._acquire("alice", time.monotonic() - 1)
+        assert given == [(["alice"], 0.0)]
