@@ -163,6 +163,8 @@ def test_other_content_types(server: Running):
         "tiny:a\0b",
         "tiny:" + "a" * 600,
         "alice",
+        "tiny/alice",
+        "tiny.alice",
     ],
     ids=lambda model: model[:20].encode("unicode_escape").decode(),
 )

@@ -11,6 +11,8 @@ from urllib.parse import urlparse
 
 import pytest
 
+from loraxs_ext.serve.server.limits import Limits
+
 from .server_scenes import ADAPTERS, API_KEY, APIError, InternalServerError, Site, make_site, model_of, running, send
 
 PROMPT = "word5 word6 word7"
@@ -100,3 +102,16 @@ def test_the_wait_for_a_thread_is_part_of_the_wait_for_a_slot(site: Site, monkey
         monkeypatch.setattr(engine.pool, "acquire", lambda names, timeout: given.append((names, timeout)))
         engine._acquire("alice", time.monotonic() - 1)
         assert given == [(["alice"], 0.0)]
+
+
+def test_of_a_request_that_is_taken_in_part_nothing_is_computed(site: Site, monkeypatch):
+    """There is room in the queue for the first of its answers only."""
+    with running(site, limits=Limits(queue=1)) as server:
+        engine, cancelled = server.service.engine, []
+        cancel = engine._batching.cancel_request
+        monkeypatch.setattr(engine._batching, "cancel_request", lambda name: cancelled.append(name) or cancel(name))
+        body = json.dumps({"model": "tiny:alice", "prompt": PROMPT, "max_tokens": 900, "n": 2})
+        assert send(server, "POST", "/v1/completions", body)[0] == 429
+        assert len(cancelled) == 1
+        until(lambda: engine.running == 0)
+        assert engine.pool.stats()["in_use"] == 0
