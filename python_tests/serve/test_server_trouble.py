@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import time
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import urlparse
@@ -72,7 +73,8 @@ def until(condition: Callable[[], bool]) -> None:
 
 def test_a_client_that_leaves_the_line_for_a_slot_does_not_get_one(site: Site):
     """Its place in the line comes up later, and the slot is given back."""
-    with running(site, slots=1) as server:
+    with running(site, slots=1) as server, warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always", ResourceWarning)
         engine, address = server.service.engine, urlparse(server.url)
         body = json.dumps({"model": "tiny:team/bob", "prompt": PROMPT})
         head = f"Authorization: Bearer {API_KEY}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
@@ -83,6 +85,8 @@ def test_a_client_that_leaves_the_line_for_a_slot_does_not_get_one(site: Site):
             until(lambda: engine.waiting == 0)
         until(lambda: engine.pool.stats()["loads"] == 2)
         until(lambda: engine.pool.stats()["in_use"] == 0)
+    # Given back, not just lost and found.
+    assert not [one for one in told if "a lease was dropped" in str(one.message)]
 
 
 def test_a_request_that_the_engine_does_not_take_leaves_nothing_behind(site: Site, monkeypatch):
