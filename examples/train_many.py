@@ -29,8 +29,9 @@ from examples.demo import fetch
 from examples.demo.model import TARGETS, load_encoder, load_tokenizer
 from examples.tastes import Liking, User, make_model, make_users, pad
 from loraxs_ext import LoraXSConfig
+from loraxs_ext.files import read_json, write_json
 from loraxs_ext.store import AdapterStore
-from loraxs_ext.training.folder import RunFolder, read_json, write_json
+from loraxs_ext.training.folder import RunFolder
 from loraxs_ext.training.many import ManyAdapters, SlotCollator
 from loraxs_ext.training.many.catalogue import load_from_store, save_to_store
 from loraxs_ext.training.many.files import load_folder, save_folders

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from pathlib import Path
@@ -13,10 +12,11 @@ import torch
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from loraxs_ext import LoraXSConfig, cli
+from loraxs_ext import LoraXSConfig
 from loraxs_ext.commands import summary
 
 from .advisor.test_calibration import save_model, write
+from .command_line import run, told
 from .peft.models import layers_of
 
 
@@ -38,12 +38,11 @@ def classifier(tmp_path: Path) -> list[object]:
 
 
 def advise(*arguments: object) -> int:
-    return cli.main(["advise", *map(str, arguments)])
+    return run("advise", *arguments)
 
 
 def report(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict[str, Any]:
-    assert advise(*arguments, "--json") == 0
-    return json.loads(capsys.readouterr().out)
+    return told(capsys, "advise", *arguments)
 
 
 def failure(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:

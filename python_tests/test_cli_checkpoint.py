@@ -11,10 +11,10 @@ import torch
 from peft import LoraConfig, PeftModel, TinyLoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from loraxs_ext import cli
 from loraxs_ext.checkpoint.importing import detect
 
 from .checkpoint.folders import Folders, save
+from .command_line import run, told
 from .peft.models import CASES, layers_of
 
 
@@ -24,10 +24,6 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Folders:
     monkeypatch.setenv("LORAXS_CACHE", str(tmp_path / "cache"))
     torch.manual_seed(0)
     return save(CASES["llama"], tmp_path)
-
-
-def run(*arguments: object) -> int:
-    return cli.main([*map(str, arguments)])
 
 
 def failure(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
@@ -41,13 +37,6 @@ def failure(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
         path for path in before if path.name != "cache"
     ]
     return next(line for line in printed.err.splitlines() if line.startswith(f"loraxs {arguments[0]}: "))
-
-
-def told(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict[str, Any]:
-    """The JSON that a command prints."""
-    capsys.readouterr()
-    assert run(*arguments, "--json") == 0
-    return json.loads(capsys.readouterr().out)
 
 
 def test_merge(folders: Folders, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -177,7 +166,8 @@ def test_hostile_bases(folders: Folders, tmp_path: Path, capsys: pytest.CaptureF
         assert "names files outside of its folder" in message
     for content in ("[]", "3", '{"weight_map": {"x": 3}}'):
         index.write_text(content)
-        assert "must map names of" in failure(capsys, "merge", folders.base, folders.adapter, tmp_path / "out")
+        message = failure(capsys, "merge", folders.base, folders.adapter, tmp_path / "out")
+        assert "must map names of" in message or "expected a JSON object" in message
     (folders.base / "config.json").unlink()
     assert "without config.json" in failure(capsys, "merge", folders.base, folders.adapter, tmp_path / "out")
 

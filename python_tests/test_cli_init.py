@@ -16,11 +16,12 @@ from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from loraxs_ext import LoraXSConfig, cli
+from loraxs_ext import LoraXSConfig
 from loraxs_ext.basis import BasisFile, Factors, decomposition, fingerprint, fit_error
 from loraxs_ext.checkpoint import model_folder
 from loraxs_ext.commands import summary
 
+from .command_line import run, told
 from .peft.models import CASES, layers_of
 
 ROOT = Path(__file__).parents[1]
@@ -57,12 +58,11 @@ def solved(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def init(*arguments: object) -> int:
-    return cli.main(["init", *map(str, arguments)])
+    return run("init", *arguments)
 
 
 def report(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict[str, Any]:
-    assert init(*arguments, "--json") == 0
-    return json.loads(capsys.readouterr().out)
+    return told(capsys, "init", *arguments)
 
 
 def failure(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:

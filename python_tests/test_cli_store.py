@@ -5,16 +5,15 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from loraxs_ext import cli
 from loraxs_ext.store import AdapterStore
 
 from .checkpoint.folders import Folders, save
 from .checkpoint.test_packing import another, rewrite, tensors
+from .command_line import run, told
 from .peft.models import CASES
 
 pytest.importorskip("lmdb")
@@ -39,17 +38,6 @@ def store(made: Folders, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert run("pack", tmp_path / "store", made.base.parent / "users") == 0
     capsys.readouterr()
     return tmp_path / "store"
-
-
-def run(*arguments: object) -> int:
-    return cli.main([*map(str, arguments)])
-
-
-def told(capsys: pytest.CaptureFixture[str], *arguments: object) -> Any:
-    """The JSON that a command prints."""
-    capsys.readouterr()
-    assert run(*arguments, "--json") == 0
-    return json.loads(capsys.readouterr().out)
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:

@@ -16,6 +16,7 @@ FACADE = ""  # loraxs_ext/__init__.py: gathers what users import, so it may impo
 # A new room needs a line here, and with it a decision where it lives.
 FLOORS = {
     "_C": 0,
+    "files": 1,
     "ops": 1,
     "basis": 2,
     "layers": 2,

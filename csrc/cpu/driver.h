@@ -26,9 +26,15 @@ void forward(const Forward<T, P>&);
 template <class T>
 bool has_fused(int64_t r);
 
-// out = x weightᵀ + bias + the same low-rank part, in one pass over the weight; `in` is not read.
+// out = x weightᵀ + bias + the same low-rank part, in one pass over the weight; `in` is not read, `p` may be null.
 template <class T, class P>
-void fused(const Forward<T, P>&, const T* weight, const T* bias);
+struct FusedLayer {
+  Forward<T, P> g;
+  const T *weight, *bias;  // bias null: none
+};
+// Several layers of the same M and K. For few tokens, threads are started and waited for once for all of them.
+template <class T, class P>
+void fused(const FusedLayer<T, P>* layers, int64_t count);
 
 // dq = s * dy btᵀ;  dpages[i] = sum over slot i of dqᵀ p;  dx = in + mask * keep_scale * (dq R_slot) a.
 template <class T, class P>

@@ -14,9 +14,10 @@ namespace {
 // a quarter of an L2.
 constexpr int64_t kColumnGrain = 32, kTokenGrain = 16, kMaxTokens = 512, kMaxRank = 256, kPanelBytes = 1 << 20;
 
-// Up to here fp32 runs as dot products along K: lanes that hold tokens would be mostly empty. Columns go in strips
-// whose rows of W stay in L2 from one block of tokens to the next.
-constexpr int64_t kDotTokens = 12, kStrip = 64;
+// Up to here fp32 runs as dot products along K: lanes that hold tokens would be mostly empty. Columns are dealt out in
+// lines of y, so that no thread waits long for another, and go in strips whose rows of W stay in L2 from one block of
+// tokens to the next.
+constexpr int64_t kDotTokens = 12, kDotGrain = 16, kStrip = 64;
 
 // Up to here every thread packs all tokens, and reads the pages of all of them, for itself: that costs less than to
 // wait for each other once more.
@@ -30,31 +31,49 @@ constexpr int64_t kOwnTokens = 64;
 template <class T>
 constexpr int64_t kInlineWork = sizeof(T) == 2 ? 200'000 : 100'000;
 
+// One layer.
 template <class T, class P>
 class Call {
  public:
-  Call(const Forward<T, P>& g, const T* weight, const T* bias, const Fused<T>& k)
-      : g_(g), weight_(weight), bias_(bias), k_(k), depth_(k.depth(g.K)), rank_depth_(k.rank_depth(g.r)) {}
+  Call(const FusedLayer<T, P>& layer, const Fused<T>& k)
+      : g_(layer.g),
+        weight_(layer.weight),
+        bias_(layer.bias),
+        k_(k),
+        depth_(k.depth(g_.K)),
+        rank_depth_(k.rank_depth(g_.r)) {}
 
-  void run() const {
+  int64_t work() const { return g_.M * g_.K * g_.N; }
+
+  // Pieces of y that threads compute without waiting for each other, each for all tokens.
+  int64_t pieces() const { return dots() ? (g_.N + kDotGrain - 1) / kDotGrain : blocks(); }
+
+  // Whether no more has to be done in common than what every thread would rather do for itself.
+  bool few_tokens() const {
+    return dots() || (g_.M <= kFewTokens && (g_.slots ? g_.M : 1) * g_.r * g_.r <= kFewPageElements);
+  }
+
+  // Pieces i0 .. i1, by one thread.
+  void run(int64_t i0, int64_t i1) const {
     if constexpr (std::is_same_v<T, float>)
-      if (g_.M <= kDotTokens) return run_dots();
-    const int64_t blocks = (g_.N + kColumnGrain - 1) / kColumnGrain;
-    const int64_t page_elements = (g_.slots ? g_.M : 1) * g_.r * g_.r;
-    const int threads = g_.M * g_.K * g_.N < kInlineWork<T> ? 1 : thread_count();
-    if (threads == 1)
-      whole(0, g_.M, 0, blocks);
-    else if (g_.M >= threads * kOwnTokens)
+      if (dots()) return run_dots(i0, i1);
+    whole(0, g_.M, i0, i1);
+  }
+
+  // Many tokens, by all threads.
+  void run_many(int threads) const {
+    if (g_.M >= threads * kOwnTokens)
       parallel_for((g_.M + kTokenGrain - 1) / kTokenGrain, [&](int64_t t0, int64_t t1) {
-        whole(t0 * kTokenGrain, std::min(t1 * kTokenGrain, g_.M), 0, blocks);
+        whole(t0 * kTokenGrain, std::min(t1 * kTokenGrain, g_.M), 0, blocks());
       });
-    else if (g_.M <= kFewTokens && page_elements <= kFewPageElements)
-      parallel_for(blocks, [&](int64_t b0, int64_t b1) { whole(0, g_.M, b0, b1); });
     else
-      together(blocks);
+      together();
   }
 
  private:
+  bool dots() const { return std::is_same_v<T, float> && g_.M <= kDotTokens; }
+  int64_t blocks() const { return (g_.N + kColumnGrain - 1) / kColumnGrain; }
+
   struct Panels {
     int64_t tokens;
     T *x, *q;
@@ -80,55 +99,52 @@ class Call {
       const int64_t count = std::min(chunk, m1 - m);
       Arena arena(bytes(count, true));
       const Panels panels = take(arena, count, even_panels(count));
-      float* p = b0 == 0 ? g_.p + m * g_.r : arena.take<float>(count * g_.r);
+      float* p = g_.p && b0 == 0 ? g_.p + m * g_.r : arena.take<float>(count * g_.r);
       prepare(m, count, panels, 0, arena.take<float>(count * g_.r), p);
       multiply(m, count, panels, b0, b1);
     }
   }
 
   // All tokens by all threads: first each packs some, then each takes some columns of all.
-  void together(int64_t blocks) const {
+  void together() const {
     const int64_t chunk = tokens_at_once(g_.M);
-    Arena arena(bytes(chunk, false));
+    Arena arena(bytes(chunk, g_.p == nullptr));
     const Panels panels = take(arena, chunk, even_panels(chunk));
     float* q = arena.take<float>(chunk * g_.r);
+    float* scratch = g_.p ? nullptr : arena.take<float>(chunk * g_.r);
     for (int64_t m = 0; m < g_.M; m += chunk) {
       const int64_t count = std::min(chunk, g_.M - m);
       parallel_for((count + panels.tokens - 1) / panels.tokens, [&](int64_t t0, int64_t t1) {
         const int64_t at = t0 * panels.tokens, tokens = std::min(t1 * panels.tokens, count) - at;
-        prepare(m + at, tokens, panels, at, q + at * g_.r, g_.p + (m + at) * g_.r);
+        prepare(m + at, tokens, panels, at, q + at * g_.r, (scratch ? scratch : g_.p + m * g_.r) + at * g_.r);
       });
-      parallel_for(blocks, [&](int64_t b0, int64_t b1) { multiply(m, count, panels, b0, b1); });
+      parallel_for(blocks(), [&](int64_t b0, int64_t b1) { multiply(m, count, panels, b0, b1); });
     }
   }
 
-  // A few tokens in fp32: every thread forms p and q for itself, then its strips of y.
-  void run_dots() const {
+  // A few tokens in fp32: p and q, then pieces i0 .. i1 of y.
+  void run_dots(int64_t i0, int64_t i1) const {
     const Dense<float>& dense = kernels();
     const Paged<float, P>& paged = kernels();
-    const auto task = [&](int64_t s0, int64_t s1) {
-      const int64_t count = g_.M * g_.r;
-      Arena arena(2 * Arena::padded<float>(count));
-      float *own = arena.take<float>(count), *q = arena.take<float>(count), *p = s0 == 0 ? g_.p : own;
-      dense.project({g_.x, g_.a, p, g_.K, g_.K, g_.r, g_.M, g_.K, g_.r, 1.f, nullptr, 0, false});
-      paged.rotate({p, g_.pages, g_.page_stride, g_.slots, q, g_.M, g_.r, float(g_.scale), false});
-      for (int64_t n = s0 * kStrip; n < std::min(s1 * kStrip, g_.N); n += kStrip) {
-        const int64_t columns = std::min(kStrip, g_.N - n);
-        float* y = g_.out + n;
-        // b is needed after the product, and would then be waited for.
-        for (int64_t j = 0; j < g_.r; ++j)
-          for (int64_t c = 0; c < columns; c += 16) __builtin_prefetch(g_.bt + j * g_.N + n + c);
-        dense.project(
-            {g_.x, weight_ + n * g_.K, y, g_.K, g_.K, g_.N, g_.M, g_.K, columns, 1.f, nullptr, 0, false, g_.N - n});
-        if (bias_)
-          for (int64_t m = 0; m < g_.M; ++m)
-            for (int64_t c = 0; c < columns; ++c) y[m * g_.N + c] += bias_[n + c];
-        dense.expand({y, y, q, g_.bt + n, g_.N, g_.r, g_.N, g_.M, columns, g_.r, g_.slots, nullptr, 0, 0, false});
-      }
-    };
-    const int64_t strips = (g_.N + kStrip - 1) / kStrip;
-    const bool small = g_.M * g_.K * g_.N < kInlineWork<T>;
-    small ? task(0, strips) : parallel_for(strips, task);
+    const int64_t count = g_.M * g_.r;
+    Arena arena(2 * Arena::padded<float>(count));
+    float *own = arena.take<float>(count), *q = arena.take<float>(count), *p = g_.p && i0 == 0 ? g_.p : own;
+    dense.project({g_.x, g_.a, p, g_.K, g_.K, g_.r, g_.M, g_.K, g_.r, 1.f, nullptr, 0, false});
+    paged.rotate({p, g_.pages, g_.page_stride, g_.slots, q, g_.M, g_.r, float(g_.scale), false});
+    const int64_t end = std::min(i1 * kDotGrain, g_.N);
+    for (int64_t n = i0 * kDotGrain; n < end; n += kStrip) {
+      const int64_t columns = std::min(kStrip, end - n);
+      float* y = g_.out + n;
+      // b is needed after the product, and would then be waited for.
+      for (int64_t j = 0; j < g_.r; ++j)
+        for (int64_t c = 0; c < columns; c += 16) __builtin_prefetch(g_.bt + j * g_.N + n + c);
+      dense.project(
+          {g_.x, weight_ + n * g_.K, y, g_.K, g_.K, g_.N, g_.M, g_.K, columns, 1.f, nullptr, 0, false, end - n});
+      if (bias_)
+        for (int64_t m = 0; m < g_.M; ++m)
+          for (int64_t c = 0; c < columns; ++c) y[m * g_.N + c] += bias_[n + c];
+      dense.expand({y, y, q, g_.bt + n, g_.N, g_.r, g_.N, g_.M, columns, g_.r, g_.slots, nullptr, 0, 0, false});
+    }
   }
 
   int64_t bytes(int64_t count, bool own_p) const {
@@ -173,14 +189,36 @@ bool has_fused(int64_t r) {
 }
 
 template <class T, class P>
-void fused(const Forward<T, P>& g, const T* weight, const T* bias) {
-  Call<T, P>(g, weight, bias, kernels()).run();
+void fused(const FusedLayer<T, P>* layers, int64_t count) {
+  const Fused<T>& k = kernels();
+  int64_t work = 0, pieces = 0;
+  bool few_tokens = true;
+  for (int64_t i = 0; i < count; ++i) {
+    const Call<T, P> call(layers[i], k);
+    work += call.work(), pieces += call.pieces();
+    few_tokens &= call.few_tokens();
+  }
+  const int threads = work < kInlineWork<T> ? 1 : thread_count();
+  if (threads > 1 && !few_tokens) {
+    for (int64_t i = 0; i < count; ++i) Call<T, P>(layers[i], k).run_many(threads);
+    return;
+  }
+  // Pieces b .. e of all layers, one after the other.
+  const auto task = [&](int64_t b, int64_t e) {
+    for (int64_t i = 0, first = 0; i < count && first < e; ++i) {
+      const Call<T, P> call(layers[i], k);
+      const int64_t own = call.pieces(), i0 = std::max(b - first, int64_t(0)), i1 = std::min(e - first, own);
+      if (i0 < i1) call.run(i0, i1);
+      first += own;
+    }
+  };
+  threads > 1 ? parallel_for(pieces, task) : task(0, pieces);
 }
 
 template bool has_fused<float>(int64_t);
 template bool has_fused<bf16>(int64_t);
-template void fused<float, float>(const Forward<float, float>&, const float*, const float*);
-template void fused<bf16, bf16>(const Forward<bf16, bf16>&, const bf16*, const bf16*);
-template void fused<bf16, float>(const Forward<bf16, float>&, const bf16*, const bf16*);
+template void fused<float, float>(const FusedLayer<float, float>*, int64_t);
+template void fused<bf16, bf16>(const FusedLayer<bf16, bf16>*, int64_t);
+template void fused<bf16, float>(const FusedLayer<bf16, float>*, int64_t);
 
 }  // namespace loraxs::cpu

@@ -7,9 +7,9 @@
 namespace loraxs::cpu {
 namespace {
 
-constexpr int kRows = 6;          // 6 x 4 sums, 4 + 1 operands: 29 of 32 registers
-constexpr int kExpandVecs = 4;    // the same block in expand
-constexpr int kSingleRanks = 16;  // one row: 16 independent chains cover the FMA latency
+constexpr int kRows = 6;         // 6 x 4 sums, 4 + 1 operands: 29 of 32 registers
+constexpr int kExpandVecs = 4;   // the same block in expand
+constexpr int kSingleRanks = 8;  // one row: 8 independent chains cover the FMA latency; more streams slow memory down
 
 template <class A>
 struct Vec;

@@ -26,11 +26,14 @@ Tensor fused_linear(const Problem& g, const Tensor& x, const Tensor& weight, con
   visit_dtypes(g, [&](auto types) {
     using T = typename decltype(types)::Element;
     using P = typename decltype(types)::Page;
-    if constexpr (std::is_same_v<T, float> || std::is_same_v<T, cpu::bf16>)
-      cpu::fused<T, P>({g.M.size, g.K.size, g.N.size, g.r.size, data<T>(x), data<T>(a_rows), data<T>(bt),
-                        data<P>(page_rows), page_rows.stride(0), slots, nullptr, mutable_data<T>(y),
-                        mutable_data<cpu::acc_t<T>>(p), scale, nullptr, 1.0},
-                       data<T>(weight), bias_row ? data<T>(*bias_row) : nullptr);
+    if constexpr (std::is_same_v<T, float> || std::is_same_v<T, cpu::bf16>) {
+      const cpu::FusedLayer<T, P> layer{{g.M.size, g.K.size, g.N.size, g.r.size, data<T>(x), data<T>(a_rows),
+                                         data<T>(bt), data<P>(page_rows), page_rows.stride(0), slots, nullptr,
+                                         mutable_data<T>(y), mutable_data<cpu::acc_t<T>>(p), scale, nullptr, 1.0},
+                                        data<T>(weight),
+                                        bias_row ? data<T>(*bias_row) : nullptr};
+      cpu::fused(&layer, 1);
+    }
   });
   return y;
 }

@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
-import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -18,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import loraxs_ext
+from loraxs_ext.files import atomic_folder
 
 from .data import Task
 from .model import TextClassifier, count_trainable
@@ -100,13 +99,12 @@ def train_or_reuse(
     wanted = {"settings": asdict(settings), "data": _digest(task), "loraxs_ext": loraxs_ext.__version__}
     if not fresh and (known := _read(folder, wanted)) is not None:
         return known
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
-        staged = Path(scratch) / "adapter"
+    # The old adapter goes only when the new one is complete.
+    with atomic_folder(folder, overwrite=True) as staged, tempfile.TemporaryDirectory() as scratch:
         torch.manual_seed(settings.seed)
         model: PeftModel = get_peft_model(*build())
         trainable, head = count_trainable(model)
-        curve, seconds = train_adapter(model, parts, settings, Path(scratch) / "trainer", label)
+        curve, seconds = train_adapter(model, parts, settings, Path(scratch), label)
         logits = predict(model, parts["test"], label="  test")
         model.save_pretrained(str(staged))
         save_file({"logits": logits}, staged / LOGITS)
@@ -114,10 +112,6 @@ def train_or_reuse(
         facts = {"trainable": trainable, "head": head, "seconds": seconds}
         record = {"wanted": wanted, "score": asdict(score), "curve": asdict(curve), **facts}
         (staged / RECORD).write_text(json.dumps(record, indent=1))
-        _sync(staged)
-        # The old adapter goes only now that the new one is complete.
-        shutil.rmtree(folder, ignore_errors=True)
-        os.rename(staged, folder)
     return Trained(folder, score, curve, **facts, bytes=measure_bytes(folder), reused=False)
 
 
@@ -164,11 +158,3 @@ def _digest(task: Task) -> str:
     """A hash of every row of the task, so that other data is never taken for the same."""
     rows = [(part.texts, part.labels) for part in (task.train, task.dev, task.test)]
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
-
-
-def _sync(folder: Path) -> None:
-    """Flush every file of ``folder`` to disk, so that a rename can't come before its contents."""
-    for path in folder.iterdir():
-        if path.is_file():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())

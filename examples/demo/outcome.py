@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from loraxs_ext.files import atomic_file
 
 from .adapters import SavedSize, Score, Trained
 from .data import Task
@@ -163,12 +164,8 @@ class Outcome:
 
 def write_text(path: Path, text: str) -> None:
     """Write ``text`` so that ``path`` holds either its old contents or all of the new ones."""
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, outcome: Outcome) -> None:

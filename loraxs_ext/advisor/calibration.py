@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,8 @@ from transformers import (
     AutoTokenizer,
     PreTrainedTokenizerBase,
 )
+
+from loraxs_ext.files import parse_object
 
 from .gradients import Batch, Loss, model_loss
 
@@ -101,15 +102,8 @@ def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     for where, line in _numbered(path):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as reason:
-            raise ValueError(f"{where}: expected a JSON object, got {reason}") from None
-        if not isinstance(row, dict):
-            raise ValueError(f"{where}: expected a JSON object, got {type(row).__name__}")
-        yield where, row
+        if line.strip():
+            yield where, parse_object(line, where)
 
 
 def _csv(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

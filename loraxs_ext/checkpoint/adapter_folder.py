@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import json
 import math
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import fields
@@ -19,6 +18,7 @@ import torch
 from peft.utils.other import get_pattern_key
 from torch import Tensor
 
+from loraxs_ext.files.safetensors import FLOATS, Place, parse_header, read_header
 from loraxs_ext.layers import group_of
 from loraxs_ext.layers.tiny import draw_projections
 from loraxs_ext.peft import LoraXSConfig
@@ -29,11 +29,7 @@ from .streaming import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_adapter_config
 PREFIX = "base_model.model."
 SKETCH_ROWS = 5
 _CORE = ".loraxs_R."
-_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_SEEDS = {"I64": torch.int64}
 _PARTS = {"weight", "v", "sketch", "a", "bt", "seed", "projections"}
-_HEADER_LIMIT = 1 << 25
-_MAX_DIMENSIONS = 8
 # Of the P of a TinyLoRA module, which a few bytes of a file can ask for: 256 MB.
 _MAX_DRAWN = 1 << 26
 # JSON has whole numbers that no float holds.
@@ -56,20 +52,6 @@ class AdapterFolder(NamedTuple):
     sketches: Tensor
 
 
-class _Part(NamedTuple):
-    """Where a tensor lies behind the header."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    begin: int
-
-    def read(self, data: bytearray) -> Tensor:
-        count = math.prod(self.shape)
-        # torch refuses to look at nothing.
-        flat = torch.frombuffer(data, dtype=self.dtype, count=count, offset=self.begin) if count else torch.empty(0)
-        return flat.view(self.shape)
-
-
 class _Plan(NamedTuple):
     """How the files with one header are read.
 
@@ -80,7 +62,7 @@ class _Plan(NamedTuple):
             they are of several dtypes, not aligned, or no tensors of the file.
     """
 
-    modules: dict[str, dict[str, _Part]]
+    modules: dict[str, dict[str, Place]]
     layout: RowLayout
     matrices: tuple[torch.dtype, Tensor] | None
     sketches: tuple[torch.dtype, Tensor] | None
@@ -98,12 +80,8 @@ def read_adapter_folder(folder: Path) -> AdapterFolder:
     try:
         config = _config(text)
         with (folder / ADAPTER_WEIGHTS).open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            length = int.from_bytes(file.read(8), "little")
-            if not 2 <= length <= min(_HEADER_LIMIT, size - 8):
-                raise ValueError(f"expected a whole safetensors file, got {size} bytes that claim a header of {length}")
-            size -= 8 + length
-            plan = _plan(file.read(length), size, text)
+            header, size = read_header(file)
+            plan = _plan(header, size, text)
             data = bytearray(size)
             if file.readinto(data) != size:
                 raise ValueError(f"expected a whole safetensors file, got one cut off within {size} bytes")
@@ -179,7 +157,7 @@ def _plan(header: bytes, size: int, text: str) -> _Plan:
     return _Plan(modules, layout, matrices, _positions([parts["sketch"] for parts in ordered]))
 
 
-def _rank(key: str, parts: Mapping[str, _Part], most: int, tiny: bool) -> int:
+def _rank(key: str, parts: Mapping[str, Place], most: int, tiny: bool) -> int:
     """r of a module, at most the configured one: of R, or of a TinyLoRA's sketch."""
     sketch = parts["sketch"].shape if "sketch" in parts else ()
     if tiny:
@@ -194,58 +172,22 @@ def _rank(key: str, parts: Mapping[str, _Part], most: int, tiny: bool) -> int:
     return r
 
 
-def _modules(header: bytes, size: int) -> dict[str, dict[str, _Part]]:
+def _modules(header: bytes, size: int) -> dict[str, dict[str, Place]]:
     """The tensors of cores, by module and part; they account for every byte of the data."""
-    try:
-        entries = json.loads(header)
-    except (ValueError, RecursionError):
-        entries = None
-    if not isinstance(entries, dict):
-        raise ValueError("expected a whole safetensors file, got one whose header is no JSON object")
-    entries.pop("__metadata__", None)
-    modules: dict[str, dict[str, _Part]] = {}
-    spans = []
-    for name, entry in entries.items():
+    modules: dict[str, dict[str, Place]] = {}
+    for name, place in parse_header(header, size).places.items():
         key, found, part = name.removeprefix(PREFIX).partition(_CORE)
         if not name.startswith(PREFIX) or not found or part not in _PARTS:
             raise ValueError(f"expected tensors of R only, named {PREFIX}…{_CORE}…, got {name}")
-        kind, shape, (begin, end) = _entry(name, entry)
-        dtype = (_SEEDS if part == "seed" else _FLOATS).get(kind)
-        if dtype is None:
-            raise ValueError(f"{name}: expected numbers of a known dtype, got {kind}")
-        if end - begin != dtype.itemsize * math.prod(shape):
-            raise ValueError(f"{name}: expected {shape} of {dtype} in the file, got the bytes {begin} to {end}")
-        modules.setdefault(key, {})[part] = _Part(dtype, shape, begin)
-        spans.append((begin, end))
-    if not spans:
+        if place.dtype not in ((torch.int64,) if part == "seed" else FLOATS.values()):
+            raise ValueError(f"{name}: expected numbers of a known dtype, got {place.dtype}")
+        modules.setdefault(key, {})[part] = place
+    if not modules:
         raise ValueError("expected an R for every module, got none")
-    position = 0
-    for begin, end in sorted(spans):
-        if begin != position:
-            raise ValueError(f"expected a whole safetensors file, got a hole or an overlap at byte {position}")
-        position = end
-    if position != size:
-        raise ValueError(f"expected a whole safetensors file of {position} bytes behind its header, got {size}")
     return modules
 
 
-def _entry(name: str, entry: object) -> tuple[str, tuple[int, ...], tuple[int, int]]:
-    """dtype, shape, and where it begins and ends."""
-    values = entry if isinstance(entry, dict) else {}
-    lists = [values.get("shape"), values.get("data_offsets")]
-    whole = all(isinstance(x, list) and all(type(n) is int and 0 <= n < 1 << 48 for n in x) for x in lists)
-    if (
-        not whole
-        or len(values["data_offsets"]) != 2
-        or len(values["shape"]) > _MAX_DIMENSIONS
-        or not isinstance(values.get("dtype"), str)
-    ):
-        raise ValueError(f"{name}: expected dtype, shape and place of a tensor, got {entry!r:.100}")
-    begin, end = values["data_offsets"]
-    return values["dtype"], tuple(values["shape"]), (begin, end)
-
-
-def _positions(parts: list[_Part]) -> tuple[torch.dtype, Tensor] | None:
+def _positions(parts: list[Place]) -> tuple[torch.dtype, Tensor] | None:
     dtype = parts[0].dtype
     if any(part.dtype != dtype or part.begin % dtype.itemsize for part in parts):
         return None

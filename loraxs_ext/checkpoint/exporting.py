@@ -13,11 +13,12 @@ from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor
 
+from loraxs_ext.files import atomic_folder
+from loraxs_ext.files.safetensors import FLOATS
 from loraxs_ext.layers import LoraXSLayer, LoraXSLinear
 from loraxs_ext.peft import LoraXSConfig
 from loraxs_ext.peft.transport import relative_distance
 
-from .output import DTYPES, atomic_folder
 from .streaming import ADAPTER_WEIGHTS, StreamedModel
 
 # Rounding ΔW's factors to bf16 changes it by 3e-3.
@@ -111,7 +112,7 @@ def write_lora(
         ValueError, FileExistsError: as `to_lora`.
         BlockingIOError: another process or thread is writing the folder.
     """
-    if dtype not in DTYPES:
+    if dtype not in FLOATS.values():
         raise ValueError(f"dtype: expected fp32, bf16 or fp16, got {dtype}")
     with atomic_folder(folder, overwrite=overwrite) as temporary:
         tensors: dict[str, Tensor] = {}

@@ -11,7 +11,8 @@ from peft import PeftModel
 from safetensors import safe_open
 from torch import nn
 
-from .output import atomic_folder
+from loraxs_ext.files import atomic_folder
+
 from .streaming import ADAPTER_WEIGHTS, empty_base, read_adapter_config
 
 Load = Callable[[nn.Module, str], PeftModel]

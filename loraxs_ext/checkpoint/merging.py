@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import warnings
@@ -17,16 +16,16 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from loraxs_ext.files import atomic_folder, read_json, write_json
+from loraxs_ext.files.safetensors import FLOATS, Entry, entry, write_shard
 from loraxs_ext.layers import LoraXSLayer, MergeLossWarning, rounding_loss
 from loraxs_ext.layers.merge import LOSS_WORTH_A_WARNING
 
-from .model_folder import INDEX, Target, TensorNames
-from .output import DTYPES, Entry, atomic_folder, entry, write_shard
+from .model_folder import INDEX, INDEX_LIMIT, Target, TensorNames
 from .streaming import StreamedModel
 
 # What a model folder holds beside weights: configurations, tokenizers, templates, code. Anything else stays behind.
 _COMPANIONS = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".spm", ".bpe", ".vocab", ".py"}
-_FLOATS = {name: dtype for dtype, name in DTYPES.items()}
 
 
 @dataclass
@@ -79,7 +78,7 @@ def merge(
         MergeLossWarning: rounding took away a noticeable part of an update; the worst module is named.
     """
     base, adapter, output = Path(base), Path(adapter), Path(output)
-    if dtype is not None and dtype not in DTYPES:
+    if dtype is not None and dtype not in FLOATS.values():
         raise ValueError(f"dtype: expected fp64, fp32, bf16 or fp16, got {dtype}")
     with atomic_folder(output, overwrite=overwrite) as folder:
         model = StreamedModel.open(base, adapter)
@@ -154,13 +153,13 @@ class _Merger:
                         self.done.nbytes += one.nbytes
                         weight_map[one.name] = path.name
         if (self.model.folder / INDEX).is_file():
-            index = json.loads((self.model.folder / INDEX).read_text(encoding="utf-8"))
-            about = index.get("metadata") if isinstance(index.get("metadata"), dict) else {}
+            index = read_json(self.model.folder / INDEX, INDEX_LIMIT)
+            about = index.get("metadata")
             text = {
-                "metadata": {**about, "total_size": self.done.nbytes},
+                "metadata": {**(about if isinstance(about, dict) else {}), "total_size": self.done.nbytes},
                 "weight_map": dict(sorted(weight_map.items())),
             }
-            (folder / INDEX).write_text(json.dumps(text, indent=2) + "\n", encoding="utf-8")
+            write_json(folder / INDEX, text)
 
     def changes_of_config(self) -> dict[str, Any]:
         """Fields of config.json that the result has otherwise than the base."""
@@ -180,10 +179,10 @@ class _Merger:
         about = file.get_slice(stored)
         kind, shape = about.get_dtype(), tuple(about.get_shape())
         name = f"{self.names.prefix}.{stored}" if stored in self._in_body else stored
-        if kind not in _FLOATS:
+        if kind not in FLOATS:
             tensor = file.get_tensor(stored)
             return Entry(name, kind, shape, tensor.numel() * tensor.element_size(), partial(file.get_tensor, stored))
-        dtype = self.dtype or _FLOATS[kind]
+        dtype = self.dtype or FLOATS[kind]
         if stored in self.replaces:
             return entry(name, dtype, shape, self._maker(self.replaces[stored], dtype, shape))
         return entry(name, dtype, shape, lambda: file.get_tensor(stored).to(dtype))
@@ -194,7 +193,7 @@ class _Merger:
         path = self.names.shards[twin]
         with safe_open(path, framework="pt") as file:
             about = file.get_slice(twin)
-            dtype = self.dtype or _FLOATS.get(about.get_dtype(), torch.float32)
+            dtype = self.dtype or FLOATS.get(about.get_dtype(), torch.float32)
             twin_shape = tuple(about.get_shape())
         if name in self.own:
             shape = tuple(self.brought[name].shape) if name in self.brought else twin_shape
@@ -266,9 +265,9 @@ def _copy_companions(base: Path, folder: Path, changes: Mapping[str, Any]) -> No
                 path.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(source, path)
     if changes:
-        fields = json.loads((base / "config.json").read_text(encoding="utf-8"))
+        fields = read_json(base / "config.json")
         fields |= {name: value for name, value in changes.items() if name != "torch_dtype" or name in fields}
         inner_fields = fields.get("text_config")
         if isinstance(inner_fields, dict) and "tie_word_embeddings" in changes:
             inner_fields["tie_word_embeddings"] = False
-        (folder / "config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / "config.json", fields)

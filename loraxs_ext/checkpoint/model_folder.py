@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,10 +14,13 @@ from peft import get_peft_model
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from loraxs_ext.files import read_json
 from loraxs_ext.layers import LoraXSLayer
 from loraxs_ext.peft import LoraXSConfig
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+# A model of 100,000 tensors has one of 10 MB.
+INDEX_LIMIT = 1 << 28
 
 
 @dataclass(frozen=True)
@@ -212,8 +214,8 @@ def tensors_of(folder: Path) -> Mapping[str, Path]:
         ValueError: there are no safetensors, or the index cannot be believed.
     """
     if (folder / INDEX).is_file():
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        files = index.get("weight_map") if isinstance(index, dict) else None
+        index = read_json(folder / INDEX, INDEX_LIMIT)
+        files = index.get("weight_map")
         if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
             raise ValueError(f"{folder / INDEX} must map names of tensors to names of files")
         if any(Path(file).name != file or not file.endswith(".safetensors") for file in files.values()):

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from loraxs_ext.basis.sketching import compare_sketches
+from loraxs_ext.files import atomic_folder
 from loraxs_ext.peft import LoraXSConfig
 from loraxs_ext.peft.transport import root_mean_square
 from loraxs_ext.peft.verify import flip_signs
@@ -24,7 +25,6 @@ from loraxs_ext.store import AdapterRow, AdapterStore, DamagedRecord, Manifest, 
 from loraxs_ext.store.names import encode_name
 
 from .adapter_folder import PREFIX, SKETCH_ROWS, config_of, read_adapter_folder
-from .output import atomic_folder
 from .streaming import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_adapter_config
 
 Outcome = Literal["added", "replaced", "unchanged", "refused"]
@@ -50,6 +50,8 @@ class Packed(NamedTuple):
 def find_adapters(roots: Iterable[Path], prefix: str = "") -> dict[str, Path]:
     """Adapter folders at and below `roots`, by the names their adapters get: paths from the root, or the root's name.
 
+    Hidden folders are passed over.
+
     Args:
         roots: folders.
         prefix: of the names.
@@ -65,6 +67,9 @@ def find_adapters(roots: Iterable[Path], prefix: str = "") -> dict[str, Path]:
         for file in sorted(root.rglob(ADAPTER_CONFIG)):
             folder = file.parent
             inside = folder.relative_to(root).as_posix()
+            if any(part.startswith(".") for part in folder.relative_to(root).parts):
+                # Of a writer that was killed.
+                continue
             name = prefix + (root.resolve().name if inside == "." else inside)
             if name in found:
                 raise ValueError(f"expected a name for every adapter, got {name!r} for {found[name]} and {folder}")

@@ -16,12 +16,12 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
 
+from loraxs_ext.files import atomic_folder
 from loraxs_ext.layers import CoreMatrix, LoraXSLayer
 from loraxs_ext.peft import LoraXSConfig
 from loraxs_ext.peft.transport import relative_distance, transport
 
 from .lora_folder import LoraFolder, LoraModule, delta_norm, read_lora
-from .output import atomic_folder
 from .streaming import StreamedModel, empty_base, load_tensors
 
 DEFAULT_THRESHOLD = 0.1

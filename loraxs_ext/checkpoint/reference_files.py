@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any, NamedTuple
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from loraxs_ext.files import read_json
 from loraxs_ext.peft.reconstruction import Reconstruction
 
 CONFIG, TENSORS, PICKLED, RECONSTRUCTION = (
@@ -20,8 +20,6 @@ CONFIG, TENSORS, PICKLED, RECONSTRUCTION = (
     "reconstr_config.json",
 )
 PREFIX = "base_model.model."
-# JSON of an adapter is a few kilobytes.
-_JSON_LIMIT = 1 << 24
 # PEFT strips ".default" from names, up to 0.17 also where it stands for no adapter.
 _PARTS = {
     "R": re.compile(r"(?:\.default_|_)lora_latent_mapping\.weight"),
@@ -67,11 +65,11 @@ def read_reference(folder: str | Path) -> ReferenceFiles:
             f"folder: expected {TENSORS}, got {PICKLED} in {folder}, and pickled files are not read. If you trust it: "
             f"safetensors.torch.save_file(torch.load({PICKLED!r}, weights_only=True), {TENSORS!r})"
         )
-    config = _read_json(folder / CONFIG)
+    config = read_json(folder / CONFIG)
     if config.get("peft_type") != "LORA":
         raise ValueError(f"{folder / CONFIG}: peft_type: expected 'LORA', got {config.get('peft_type')!r}")
     beside = [path for path in (folder / RECONSTRUCTION, folder.parent / RECONSTRUCTION) if path.exists()]
-    reconstruction = Reconstruction.from_dict(_read_json(beside[0]), str(beside[0])) if beside else Reconstruction()
+    reconstruction = Reconstruction.from_dict(read_json(beside[0]), str(beside[0])) if beside else Reconstruction()
     parts, others = _sort(_read_tensors(folder / TENSORS), str(folder / TENSORS))
     if not reconstruction.r_squared or not any("R" in found for found in parts.values()):
         raise ValueError(
@@ -80,18 +78,6 @@ def read_reference(folder: str | Path) -> ReferenceFiles:
         )
     _check_parts(parts, bool(config.get("use_dora")), str(folder / TENSORS))
     return ReferenceFiles(config, reconstruction, parts, others)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        text = file.read(_JSON_LIMIT + 1)
-    try:
-        parsed = json.loads(text) if len(text) <= _JSON_LIMIT else None
-    except (ValueError, RecursionError):
-        parsed = None
-    if not isinstance(parsed, dict):
-        raise ValueError(f"{path}: expected a JSON object of at most {_JSON_LIMIT} bytes, got something else")
-    return parsed
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

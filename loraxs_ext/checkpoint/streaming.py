@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from loraxs_ext.files import read_json
 from loraxs_ext.layers import LoraXSLayer, LoraXSLinear
 from loraxs_ext.peft import LoraXSConfig
 from loraxs_ext.peft.bases import AdapterBasis
@@ -28,8 +28,6 @@ from loraxs_ext.peft.verify import Mismatch, is_foreign, report
 from .model_folder import Target, WeightStream, empty_model, locate, model_config
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-# A configuration with patterns for every module of a large model takes some 100 kB.
-_CONFIG_LIMIT = 1 << 24
 _TASKS = {
     "SEQ_CLS": "AutoModelForSequenceClassification",
     "TOKEN_CLS": "AutoModelForTokenClassification",
@@ -51,14 +49,7 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     path = folder / ADAPTER_CONFIG
     if not path.is_file():
         raise ValueError(f"ADAPTER must be a folder of an adapter, got {folder} without {ADAPTER_CONFIG}")
-    if path.stat().st_size > _CONFIG_LIMIT:
-        raise ValueError(f"{path} must be a configuration, got {path.stat().st_size} bytes")
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as reason:
-        raise ValueError(f"{path} must be a JSON object: {reason}") from None
-    if not isinstance(fields, dict):
-        raise ValueError(f"{path} must be a JSON object, got {type(fields).__name__}")
+    fields = read_json(path)
     if not (folder / ADAPTER_WEIGHTS).is_file():
         raise ValueError(f"{folder} must hold {ADAPTER_WEIGHTS}; pickled adapters are not read, save it again")
     return fields

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,14 +15,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from loraxs_ext.basis.tensor_file import atomic_path
+from loraxs_ext.files import atomic_file, read_json, write_json
+from loraxs_ext.files.safetensors import FLOATS
 from loraxs_ext.layers import LoraXSLayer, TinyCore, group_of
 from loraxs_ext.peft import LoraXSConfig
 from loraxs_ext.peft.config import RECIPE_FIELDS
 
 CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
-_CONFIG_LIMIT = 1 << 24
-_FLOATS = {"F64", "F32", "F16", "BF16"}
 _PREFIX = "base_model.model."
 
 # Fields that mean the same in both configurations, with the types of what JSON may hold.
@@ -143,13 +141,11 @@ def save_tinylora(model: PeftModel, folder: str | Path, adapter_name: str = "def
             tensors[name] = tensor
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with atomic_path(folder / WEIGHTS_NAME) as temporary:
+    with atomic_file(folder / WEIGHTS_NAME) as temporary:
         # safetensors wants every tensor contiguous, and none to share memory with another.
         copies = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
         save_file(copies, temporary, metadata={"format": "pt"})
-    text = json.dumps(_to_json(config, rank, sites), indent=2, sort_keys=True)
-    with atomic_path(folder / CONFIG_NAME) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_json(folder / CONFIG_NAME, dict(sorted(_to_json(config, rank, sites).items())))
 
 
 class _Stored:
@@ -189,7 +185,7 @@ class _Stored:
     def _check(self, name: str, shape: tuple[int, ...]) -> None:
         found = self._shape(name)
         entry = self._file.get_slice(name)
-        if tuple(found) != shape or entry.get_dtype() not in _FLOATS:
+        if tuple(found) != shape or entry.get_dtype() not in FLOATS:
             raise ValueError(
                 f"{self.path}: {name}: expected floating-point numbers of shape {list(shape)}, got {entry.get_dtype()} "
                 f"of shape {found}"
@@ -210,15 +206,9 @@ def _open(path: Path) -> Any:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    if path.stat().st_size > _CONFIG_LIMIT:
-        raise ValueError(f"{path}: expected at most {_CONFIG_LIMIT} bytes, got {path.stat().st_size}")
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as reason:
-        raise ValueError(f"{path}: expected JSON, got: {reason}") from None
-    if not isinstance(fields, dict) or fields.get("peft_type") != "TINYLORA":
-        kind = fields.get("peft_type") if isinstance(fields, dict) else type(fields).__name__
-        raise ValueError(f"{path}: peft_type: expected 'TINYLORA', got {kind!r}")
+    fields = read_json(path)
+    if fields.get("peft_type") != "TINYLORA":
+        raise ValueError(f"{path}: peft_type: expected 'TINYLORA', got {fields.get('peft_type')!r}")
     for name, kinds in _SAME_FIELDS.items():
         value = fields.get(name)
         if name in fields and (not isinstance(value, kinds) or isinstance(value, bool)):

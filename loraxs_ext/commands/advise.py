@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from loraxs_ext.advisor import RANK_MAX, advise, explain, fit_head, load, read_texts, table, to_dict
+from loraxs_ext.files import atomic_file
 from loraxs_ext.peft import LoraXSConfig
 
 from .advice_plot import plot
@@ -162,9 +162,5 @@ def _write(path: Path, report: dict[str, Any]) -> None:
         import yaml
 
         text = yaml.safe_dump(report, sort_keys=False, allow_unicode=True)
-    partial = path.with_name(f".partial-{path.name}")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")

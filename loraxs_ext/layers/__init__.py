@@ -11,16 +11,18 @@ from .merge import MergeLossWarning, delta_weight, rounding_loss
 from .opaque import LoraXSOpaque
 from .probing import pass_gradients
 from .repacking import guard_packed_weights
-from .routing import BASE, Route, build_route, following, routed
+from .routing import BASE, Route, Rows, build_route, following, routed
 from .sharding import complete
 from .stacked import SharedProjection, share_projections
 from .tiny import TinyCore, TinyOptions, group_of, tie
+from .together import Known, fuse
 
 __all__ = [
     "BASE",
     "BasisPolicy",
     "Core",
     "CoreMatrix",
+    "Known",
     "LoraXSConv",
     "LoraXSEmbedding",
     "LoraXSLayer",
@@ -29,6 +31,7 @@ __all__ = [
     "MergeLossWarning",
     "ParamWrapper",
     "Route",
+    "Rows",
     "SharedProjection",
     "TinyCore",
     "TinyOptions",
@@ -36,6 +39,7 @@ __all__ = [
     "complete",
     "delta_weight",
     "following",
+    "fuse",
     "group_of",
     "guard_packed_weights",
     "initial_core",

@@ -66,6 +66,8 @@ class LoraXSLayer(nn.Module, BaseTunerLayer):
     in_features: int
     out_features: int
     route: Route | None = None
+    # `route.fused`, while adapters are enabled.
+    fused: Callable[[Tensor], Tensor] | None = None
     siblings: SharedProjection | None = None
     base_fingerprint: str | None = None
 
@@ -197,6 +199,11 @@ class LoraXSLayer(nn.Module, BaseTunerLayer):
             self.loraxs_magnitude[adapter] = Magnitude(self.out_features, dtype, magnitude)
         self._move_adapter_to_device_of_base_layer(adapter)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Switch the adapters on or off; also inside a mixed batch, whose short cut that ends."""
+        super().enable_adapters(enabled)
+        self.fused = None
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove the adapter, and with the last one the basis: the next may be made by another recipe."""

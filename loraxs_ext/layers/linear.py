@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import reduce
 from typing import Any
 
@@ -52,37 +52,16 @@ class LoraXSLinear(LoraXSLayer):
         """y [..., N] for x [..., K]; further arguments go to the base layer."""
         # Here and in what this calls, parts are taken from the dictionaries of nn.Module: its attribute look-up costs
         # about as much as the low-rank arithmetic of one token, and a decoder asks hundreds of layers for every token.
+        if not (args or kwargs or is_compiling()):
+            fused = self.fused
+            if fused is not None:
+                return fused(x)
         if self.is_bare():
             return self.base_layer(x, *args, **kwargs)
         magnitudes: Any = self._modules["loraxs_magnitude"]
         if magnitudes._modules:
             return edora.forward(self, x, args, kwargs)
-        route = self.route
-        if route is not None and route.fused is not None and not (args or kwargs) and not is_compiling():
-            return route.fused(x)
         return self.run(x, self.paths(x), args, kwargs)
-
-    def fused(self, route: Route) -> Callable[[Tensor], Tensor] | None:
-        """What `forward` comes to under `route`, found out once instead of at every call; None where it has to be.
-
-        A server calls hundreds of layers for every token, and what they look up is then no longer in the cache.
-        """
-        base: Any = self.base_layer
-        if route.pages is None or route.p_drop or type(base) is not nn.Linear:
-            return None
-        a, b = self.get_basis(route.adapter)
-        with torch.no_grad():
-            fits = _is_fusable(base, a, a.dtype)
-        if not fits or (self.siblings is not None and (a.is_cuda or SHARE_ON_CPU)):
-            return None
-        weight, bias, pages, scale = base.weight, base.bias, route.pages, route.scale
-
-        def call(x: Tensor) -> Tensor:
-            if weight.requires_grad and torch.is_grad_enabled():
-                return self.run(x, self.paths(x), (), {})
-            return ops.linear(x, weight, bias, a, b, pages, route.per_token(x), scale)
-
-        return call
 
     def run(
         self,
@@ -104,7 +83,7 @@ class LoraXSLinear(LoraXSLayer):
             shared: whether x is what the layer was called with, which its siblings may have been called with too.
         """
         base: Any = self._modules["base_layer"]
-        if paths and type(base) is nn.Linear and not (args or kwargs) and _is_fusable(base, x, paths[0].a.dtype):
+        if paths and type(base) is nn.Linear and not (args or kwargs) and is_fusable(base, x, paths[0].a.dtype):
             (a, b, pages, slots, scale, p_drop), *paths = paths
             frozen: Any = base._parameters
             weight, bias = frozen["weight"], frozen["bias"] if with_bias else None
@@ -191,7 +170,7 @@ class LoraXSLinear(LoraXSLayer):
         if route.pages is None:
             return []
         basis = route.basis_of(self)
-        return [LowRankPath(*basis, route.pages, route.per_token(x), route.scale, route.p_drop)]
+        return [LowRankPath(*basis, route.pages, route.rows.per_token(x), route.scale, route.p_drop)]
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """ΔW = W' − W in the layout of the base weight, in fp32 (fp64 for an fp64 base)."""
@@ -210,10 +189,13 @@ class LoraXSLinear(LoraXSLayer):
 
         Raises:
             ValueError: `safe_merge` found NaN or Inf.
+            RuntimeError: the rows of a batch have adapters of their own now (`loraxs_ext.adapters`).
         """
         adapters = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.loraxs_R]
         if not adapters:
             return
+        if self.route is not None:
+            raise RuntimeError(f"{self.key}: expected to be merged outside of a mixed batch, got a call inside")
         self.check_mergeable()
         frozen = self.frozen_weight()
         deltas = (self._weight_delta(name).to(frozen.device) for name in [*self.merged_adapters, *adapters])
@@ -289,7 +271,7 @@ class LoraXSLinear(LoraXSLayer):
         return "loraxs." + super().__repr__()
 
 
-def _is_fusable(base: nn.Linear, x: Tensor, dtype: torch.dtype) -> bool:
+def is_fusable(base: nn.Linear, x: Tensor, dtype: torch.dtype) -> bool:
     """Whether calling `base` means x Wᵀ + bias and nothing else, in the dtype of the basis."""
     weight = base._parameters.get("weight")
     if type(weight) is not nn.Parameter or "forward" in base.__dict__:

@@ -20,43 +20,18 @@ if TYPE_CHECKING:
 BASE = "__base__"
 
 
-@dataclass
-class Route:
-    """What one layer needs to serve a mixed batch; a plain object on the layer, which torch.compile can guard.
+class Rows:
+    """Which slot serves which row of a batch; one object may serve all layers.
 
-    Attributes:
-        slots: int32 [rows] or [tokens], on the layer's device; −1 is the base model.
-        pages: [S, r, r], smaller ranks padded with zeros; None when every row is a base row.
-        adapter: the adapter of the largest rank, whose basis contains the bases of all others.
-        scales: [S, N], the factors of the rows of W where an adapter has a magnitude; None where none has one.
+    Args:
+        slots: int32 [rows] or [tokens]; −1 is the base model.
         exact: refuse x of more rows than `slots`. generate() has more, for beams and returned sequences.
-        scale: s of all pages; 1 where every page has its own scaling folded in.
-        p_drop: dropout probability on the input of the low-rank path, for training.
-        fused: what the layer then calls in eager mode, `LoraXSLinear.fused`; None to look at everything at every call.
     """
 
-    slots: Tensor
-    pages: Tensor | None
-    adapter: str
-    scales: Tensor | None = None
-    exact: bool = False
-    scale: float = 1.0
-    p_drop: float = 0.0
-    fused: Callable[[Tensor], Tensor] | None = None
-    # What a decoder would make anew for hundreds of layers at every step, each with what it was made of.
-    _basis: tuple[Tensor | None, Tensor | None, tuple[Tensor, Tensor]] | None = field(
-        default=None, init=False, repr=False, compare=False
-    )
-    _expanded: tuple[Tensor, int, int, Tensor] | None = field(default=None, init=False, repr=False, compare=False)
-
-    def basis_of(self, layer: LoraXSLayer) -> tuple[Tensor, Tensor]:
-        """a [r, K] and b [N, r] of the adapter in `layer`, whose route this is."""
-        if is_compiling():
-            return layer.get_basis(self.adapter)
-        a, bt, kept = layer._buffers["loraxs_A"], layer._buffers["loraxs_Bt"], self._basis
-        if kept is None or kept[0] is not a or kept[1] is not bt:
-            self._basis = kept = a, bt, layer.get_basis(self.adapter)
-        return kept[2]
+    def __init__(self, slots: Tensor, exact: bool = False) -> None:
+        self.slots, self.exact = slots, exact
+        # What a decoder would make anew for hundreds of layers at every step, with what it was made of.
+        self._expanded: tuple[Tensor, int, int, Tensor] | None = None
 
     def per_token(self, x: Tensor) -> Tensor:
         """int32 [M], the slot of every token of x [..., K].
@@ -90,6 +65,42 @@ class Route:
         return kept[3]
 
 
+@dataclass
+class Route:
+    """What one layer needs to serve a mixed batch; a plain object on the layer, which torch.compile can guard.
+
+    Attributes:
+        rows: the slots of the rows of a batch, on the layer's device.
+        pages: [S, r, r], smaller ranks padded with zeros; None when every row is a base row.
+        adapter: the adapter of the largest rank, whose basis contains the bases of all others.
+        scales: [S, N], the factors of the rows of W where an adapter has a magnitude; None where none has one.
+        scale: s of all pages; 1 where every page has its own scaling folded in.
+        p_drop: dropout probability on the input of the low-rank path, for training.
+        fused: what the layer then calls in eager mode (see `together`); None to look at everything at every call.
+    """
+
+    rows: Rows
+    pages: Tensor | None
+    adapter: str
+    scales: Tensor | None = None
+    scale: float = 1.0
+    p_drop: float = 0.0
+    fused: Callable[[Tensor], Tensor] | None = None
+    # Kept with what it was made of.
+    _basis: tuple[Tensor | None, Tensor | None, tuple[Tensor, Tensor]] | None = field(
+        default=None, init=False, repr=False, compare=False
+    )
+
+    def basis_of(self, layer: LoraXSLayer) -> tuple[Tensor, Tensor]:
+        """a [r, K] and b [N, r] of the adapter in `layer`, whose route this is."""
+        if is_compiling():
+            return layer.get_basis(self.adapter)
+        a, bt, kept = layer._buffers["loraxs_A"], layer._buffers["loraxs_Bt"], self._basis
+        if kept is None or kept[0] is not a or kept[1] is not bt:
+            self._basis = kept = a, bt, layer.get_basis(self.adapter)
+        return kept[2]
+
+
 def build_route(layer: LoraXSLayer, names: Sequence[str]) -> Route:
     """The route of `layer` for a batch whose row i is served by the adapter names[i] (`__base__`: by none)."""
     present = [name for name in dict.fromkeys(names) if name in layer.loraxs_R]
@@ -97,11 +108,11 @@ def build_route(layer: LoraXSLayer, names: Sequence[str]) -> Route:
     device = layer.get_base_layer_device()
     slots = torch.tensor([slot_of.get(name, -1) for name in names], dtype=torch.int32, device=device)
     if not present:
-        return Route(slots, None, BASE)
+        return Route(Rows(slots), None, BASE)
     widest = max(present, key=layer.r.__getitem__)
     rank = layer.r[widest]
     pages = torch.stack([pad(layer.get_R(name) * layer.scaling[name], rank) for name in present])
-    return Route(slots, pages, widest, route_scales(layer, present))
+    return Route(Rows(slots), pages, widest, route_scales(layer, present))
 
 
 @contextmanager
@@ -130,14 +141,19 @@ def routed(layers: Iterable[LoraXSLayer], names: Sequence[str]) -> Iterator[None
 @contextmanager
 def following(routes: Mapping[LoraXSLayer, Route]) -> Iterator[None]:
     """Every forward pass inside the context takes these routes; layers without one keep theirs."""
-    before = {layer: layer.route for layer in routes}
+    before = {layer: (layer.route, layer.fused) for layer in routes}
     try:
         for layer, route in routes.items():
-            layer.route = route
+            _set(layer, route, None if layer.disable_adapters else route.fused)
         yield
     finally:
         for layer, old in before.items():
-            layer.route = old
+            _set(layer, *old)
+
+
+def _set(layer: LoraXSLayer, route: Route | None, fused: Callable[[Tensor], Tensor] | None) -> None:
+    """Past `nn.Module.__setattr__`, which looks for parameters and modules first, in hundreds of layers a batch."""
+    vars(layer).update(route=route, fused=fused)
 
 
 def pad(core: Tensor, rank: int) -> Tensor:

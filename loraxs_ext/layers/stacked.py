@@ -80,6 +80,10 @@ class SharedProjection:
             self._turn = _Turn(weakref.ref(x), moment, shares)
         return _rows_for(own, a)
 
+    def dismiss(self, layers: Iterable[LoraXSLayer]) -> None:
+        """Take members out that are called with another x than the rest; they become a group of their own."""
+        self._split([weakref.ref(layer) for layer in layers])
+
     def _split(self, leaving: Sequence[weakref.ref[LoraXSLayer]]) -> SharedProjection | None:
         """Members that were not called with the x of the others become a group of their own."""
         self._members = [member for member in self._members if member not in leaving]

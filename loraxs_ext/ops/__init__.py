@@ -11,6 +11,7 @@ from . import contract as contract
 from . import reference as reference
 from .autograd import AddDeltaFunction, LinearFunction, RowScaleFunction
 from .casting import any_autocast_enabled, autocast, wants_autocast
+from .prepared import PreparedLayers, prepare
 from .rescale import rescale
 from .stacked import Site, linear_projected, linear_stack, project
 
@@ -163,6 +164,7 @@ def row_scale(
 
 
 __all__ = [
+    "PreparedLayers",
     "Site",
     "add_delta",
     "add_delta_",
@@ -171,6 +173,7 @@ __all__ = [
     "linear",
     "linear_projected",
     "linear_stack",
+    "prepare",
     "project",
     "reference",
     "rescale",

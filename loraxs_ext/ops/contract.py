@@ -88,6 +88,10 @@ for _name, _op in OPS.items():
         LIBRARY.define(UNWRAPPED[_name] + _op.schema)
 # The CUDA kernel for few tokens: the owner of `linear` on a GPU calls it where it fits (see backends.py).
 LIBRARY.define("_linear_decode" + OPS["linear"].schema)
+# `linear` on the CPU with all but x and the slots found out before (see prepared.py). No id is 0.
+LIBRARY.define("_prepare(Tensor[] weight, Tensor[] bias, Tensor[] a, Tensor[] b, Tensor[] pages, float scale) -> int")
+LIBRARY.define("_run_prepared(Tensor x, Tensor slots, int id) -> Tensor[]")
+LIBRARY.define("_forget(int id) -> ()")
 # One pass of `orthonormalize` over blocks of few rows Y [batch, k, n] on the CPU: rows, and the smallest pivot of each.
 LIBRARY.define("_cholesky_qr(Tensor Y) -> (Tensor Q, Tensor pivots)")
 # The small eigenproblems of the decompositions, A [batch, l, l] in fp64 (see eigh.py).

@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .autograd import _refuse_twice
+from .autograd import differentiable
 from .casting import any_autocast_enabled, autocast, wants_autocast
-from .contract import LIBRARY
 
 _RESCALE = torch.ops.loraxs.rescale.default
 _UNWRAPPED = torch.ops.loraxs._rescale.default
@@ -61,19 +60,4 @@ def _backward(ctx: Any, dy: Tensor | None) -> tuple:
     return dz if need_dz else None, dg if need_dg else None, None, dbias
 
 
-torch.library.register_autograd("loraxs::rescale", _backward, setup_context=_setup, lib=LIBRARY)
-
-
-class RescaleFunction(torch.autograd.Function):
-    """y of `loraxs::rescale` for eager training, with the arguments of the op."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
-        y = _UNWRAPPED(*inputs)
-        _setup(ctx, inputs, y)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple:
-        _refuse_twice("rescale")
-        return _backward(ctx, grads[0])
+RescaleFunction = differentiable("rescale", _setup, _backward)

@@ -12,9 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .autograd import _refuse_frozen, _refuse_twice, _run_backward, _save
+from .autograd import _refuse_frozen, _run_backward, _save, differentiable
 from .casting import autocast, wants_autocast
-from .contract import LIBRARY
 
 _PROJECT = torch.ops.loraxs.project.default
 _LINEAR_PROJECTED = torch.ops.loraxs.linear_projected.default
@@ -108,19 +107,4 @@ def _backward(ctx: Any, dy: Tensor | None) -> tuple:
     return dx, None, dbias, None, None, None, dpages, None, None
 
 
-torch.library.register_autograd("loraxs::linear_projected", _backward, setup_context=_setup, lib=LIBRARY)
-
-
-class LinearProjectedFunction(torch.autograd.Function):
-    """y of `loraxs::linear_projected` for eager training, with the arguments of the op."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
-        y = _UNWRAPPED(*inputs)
-        _setup(ctx, inputs, y)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple:
-        _refuse_twice("linear_projected")
-        return _backward(ctx, grads[0])
+LinearProjectedFunction = differentiable("linear_projected", _setup, _backward)

@@ -49,7 +49,8 @@ class Nesting:
             if not innermost or self._tangled:
                 inner = self._open[-1].routes if self._open else {}
                 for layer in routes:
-                    layer.route = inner.get(layer)
+                    layer.route = route = inner.get(layer)
+                    layer.fused = None if route is None or layer.disable_adapters else route.fused
                 self._tangled = bool(self._open)
             if not innermost:
                 raise RuntimeError("adapters: expected the innermost context to be left first, got one around another")

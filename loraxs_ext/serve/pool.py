@@ -6,12 +6,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from loraxs_ext.layers import BASE, LoraXSLayer, Route
+from loraxs_ext.layers import BASE, Known, LoraXSLayer, Route, Rows, fuse
 from loraxs_ext.peft import LoraXSConfig
 from loraxs_ext.store import Lease, Pager, RowLayout, RowSource, Segment, Slab
 
@@ -86,6 +87,7 @@ class AdapterPool:
         except BaseException:
             self._placement.undo()
             raise
+        self._prepared: Known = {}
         # What other adapters of the model do is no part of any row.
         self._others = other_layers(self.model, self.layers)
         for layer in (*self.layers, *self._others):
@@ -181,6 +183,7 @@ class AdapterPool:
                 raise RuntimeError("pool: expected to be outside of adapters() and token_slots(), got a call inside")
             self._placement.undo()
             self.layers, self._pages, self._others = (), [], []
+            self._prepared.clear()
             # After a first call, the model may have another pool.
             if pool_of(self.model) is self:
                 delattr(self.model, _ATTRIBUTE)
@@ -229,16 +232,15 @@ class AdapterPool:
             raise ValueError(
                 "model: expected adapters that are neither merged nor disabled, got some; unmerge them first"
             )
-        routes = [Route(slots, pages, POOL, exact=True) for pages in self._pages]
-        for placed, route in zip(self.layers, routes, strict=True):
-            route.fused = placed.fused(route)
-        routes += [Route(slots, None, BASE) for _ in self._others]
+        rows = Rows(slots, exact=True)
+        routes = {layer: Route(rows, pages, POOL) for layer, pages in zip(self.layers, self._pages, strict=True)}
+        fuse(routes, self._prepared)
 
         def assign(new: Tensor) -> None:
-            for route in routes:
-                route.slots = new
+            rows.slots = new
 
-        with self._nesting.following(dict(zip(layers, routes, strict=True))):
+        base_rows = {layer: Route(rows, None, BASE) for layer in self._others}
+        with self._nesting.following(dict(chain(routes.items(), base_rows.items()))):
             yield assign
 
     def _check_slots(self, slots: Tensor) -> Tensor:

@@ -50,7 +50,7 @@ class _Generate:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         route = self._layers[0].route
         assert route is not None
-        check_rows(len(route.slots), args, kwargs)
+        check_rows(len(route.rows.slots), args, kwargs)
         _set_exact(self._layers, False)
         try:
             return self._plain(*args, **kwargs)
@@ -67,4 +67,4 @@ class _Generate:
 def _set_exact(layers: Sequence[LoraXSLayer], exact: bool) -> None:
     for layer in layers:
         if layer.route is not None:
-            layer.route.exact = exact
+            layer.route.rows.exact = exact

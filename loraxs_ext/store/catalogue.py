@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from loraxs_ext.files import atomic_folder
+
 from .environment import Database, Environment, Transaction
-from .folder import new_folder
 from .layout import RowLayout
 from .manifest import Manifest
 from .names import encode_name, encode_text
@@ -116,7 +117,7 @@ class AdapterStore:
         if keep < 1:
             raise ValueError(f"keep: expected at least 1 version, got {keep}")
         target = Path(path)
-        with new_folder(target) as folder:
+        with atomic_folder(target) as folder:
             environment = Environment(folder, _DATABASES)
             text, sketches = manifest.to_bytes()
             about = {b"manifest": text, b"sketches": sketches, b"keep": _COUNTER.pack(keep)}
@@ -300,7 +301,7 @@ class AdapterStore:
         Raises:
             FileExistsError: there is something at `target`.
         """
-        with new_folder(Path(target)) as folder, self._environment.raw() as env:
+        with atomic_folder(Path(target)) as folder, self._environment.raw() as env:
             env.copy(str(folder), compact=True)
 
     def stat(self) -> Statistics:

@@ -14,10 +14,10 @@ from peft import PeftModel
 from torch import nn
 from tqdm.auto import tqdm
 
-from loraxs_ext.basis.tensor_file import atomic_path
+from loraxs_ext.files import atomic_file, read_json, write_json
 
 from . import classification, instruction
-from .folder import RunFolder, read_json, write_json
+from .folder import RunFolder
 from .generation import AnswersFile, Writer, answer_all
 from .pretrained import device_for, load_causal, load_classifier, load_tokenizer
 from .settings import ClassificationRun, InstructionRun, Run
@@ -71,7 +71,7 @@ def _classification(run: ClassificationRun, folder: RunFolder) -> dict[str, Any]
     model = _with_adapter(model, folder, run)
     logits = _logits(model, examples, classification.Pad(tokenizer), run)
     path = folder.path / "predictions.jsonl"
-    with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+    with atomic_file(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
         for i, row in enumerate(table.rows):
             entry = {"row": i, **labels.prediction(logits[i])}
             if labelled:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from loraxs_ext.basis.tensor_file import atomic_path
+from loraxs_ext.files import atomic_folder, read_json, sync_folder, write_json
 
 from .fields import flatten
 from .settings import differences
@@ -82,10 +80,7 @@ class RunFolder:
             keep: folder of the best checkpoint, which stays.
         """
         newest = self.path / f"checkpoint-{step}"
-        for file in newest.rglob("*"):
-            if file.is_file():
-                with open(file, "rb") as stream:
-                    os.fsync(stream.fileno())
+        sync_folder(newest)
         write_json(newest / _COMPLETE, facts)
         kept = {newest.name, Path(keep).name if keep else newest.name}
         for checkpoint in self._checkpoints():
@@ -103,41 +98,9 @@ class RunFolder:
             shutil.rmtree(checkpoint)
 
     def new_adapter(self) -> AbstractContextManager[Path]:
-        """A folder to save the adapter in; see `replaced_folder`."""
-        return replaced_folder(self.adapter)
+        """A folder to save the adapter in; see `atomic_folder`."""
+        return atomic_folder(self.adapter, overwrite=True)
 
     def _checkpoints(self) -> list[Path]:
         found = [(int(m[1]), p) for p in self.path.iterdir() if (m := _CHECKPOINT.fullmatch(p.name)) and p.is_dir()]
         return [path for _, path in sorted(found)]
-
-
-@contextmanager
-def replaced_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill, that takes the place of `path` as a whole when the block is left without an error."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as scratch:
-        staged = Path(scratch) / path.name
-        staged.mkdir()
-        yield staged
-        for file in staged.iterdir():
-            with open(file, "rb") as stream:
-                os.fsync(stream.fileno())
-        shutil.rmtree(path, ignore_errors=True)
-        os.rename(staged, path)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; ValueError if it holds anything else."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: expected JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(values).__name__}")
-    return values
-
-
-def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Write the file as a whole or not at all."""
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

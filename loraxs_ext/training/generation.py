@@ -14,6 +14,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
+from loraxs_ext.files import parse_object
+
 from .answers import grade
 from .instruction import Template
 from .settings import GenerationSettings
@@ -163,11 +165,8 @@ def _cut(text: str, stop: Sequence[str]) -> str:
 
 
 def _parse(line: bytes, path: Path, number: int) -> dict[str, Any]:
-    try:
-        entry = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}, line {number}: expected a JSON object: {error}") from error
+    entry = parse_object(line, f"{path}, line {number}")
     needed = {"row", "answer", "correct"} if number > 1 else {"made with"}
-    if not isinstance(entry, dict) or not needed <= entry.keys():
+    if not needed <= entry.keys():
         raise ValueError(f"{path}, line {number}: expected a JSON object with {', '.join(sorted(needed))}")
     return entry

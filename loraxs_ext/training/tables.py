@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from loraxs_ext.files import parse_object
+
 Row = dict[str, Any]
 
 
@@ -123,13 +125,7 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Row]]:
         for number, line in enumerate(stream, start=1):
             if not line.strip():
                 continue
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{path}, line {number}: expected a JSON object, got {line[:60]!r}") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}, line {number}: expected a JSON object, got {line[:60]!r}")
-            yield f"line {number}", row
+            yield f"line {number}", parse_object(line, f"{path}, line {number}")
 
 
 def _json_array(path: Path) -> Iterator[tuple[str, Row]]:

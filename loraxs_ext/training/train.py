@@ -15,10 +15,11 @@ from peft import PeftModel, get_peft_model
 from transformers import EvalPrediction
 
 from loraxs_ext.basis.distributed import across_ranks, is_running
+from loraxs_ext.files import read_json, write_json
 from loraxs_ext.peft import gather_adapter
 
 from . import classification, instruction
-from .folder import RunFolder, read_json, write_json
+from .folder import RunFolder
 from .pretrained import load_causal, load_classifier, load_tokenizer
 from .settings import ClassificationRun, InstructionRun, Run
 from .start import WEIGHTS, continue_from

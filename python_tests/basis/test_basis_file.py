@@ -169,7 +169,7 @@ def test_damage_is_refused_before_anything_is_read(damage, path: Path) -> None:
 
 def test_a_flipped_bit_is_found_in_the_tensor_that_it_hit(path: Path) -> None:
     with TensorFile(path) as file:
-        position = file._start + file._begin["layers.1.q.bt"] + 77
+        position = file._start + file._places["layers.1.q.bt"].begin + 77
     data = bytearray(path.read_bytes())
     data[position] ^= 4
     path.write_bytes(data)

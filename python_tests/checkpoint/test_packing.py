@@ -273,12 +273,12 @@ def test_damaged_files(made: Folders, tmp_path: Path) -> None:
     weights.write_bytes(whole)
     for text in ("", "[]", "{", "[" * 100000):
         config.write_text(text)
-        with pytest.raises(ValueError, match="must be a JSON object"):
+        with pytest.raises(ValueError, match="expected a JSON object"):
             manifest_of(folder)
 
 
 def test_find_adapters(made: Folders, tmp_path: Path) -> None:
-    for name in ("users/alice", "users/team/bob", "users/team/bob/checkpoint-1", "other"):
+    for name in ("users/alice", "users/team/bob", "users/team/bob/checkpoint-1", "users/.alice.partial", "other"):
         shutil.copytree(made.adapter, tmp_path / name, dirs_exist_ok=True)
     (tmp_path / "users" / "empty").mkdir()
     users = find_adapters([tmp_path / "users"], "v1/")

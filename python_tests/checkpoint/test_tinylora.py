@@ -24,12 +24,6 @@ U, R = 5, 3
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
-@pytest.fixture(autouse=True)
-def _isolated(tmp_path, monkeypatch):
-    monkeypatch.setenv("LORAXS_CACHE", str(tmp_path / "cache"))
-    torch.manual_seed(0)
-
-
 @pytest.fixture(params=CASES.values(), ids=CASES)
 def case(request) -> Case:
     return request.param
@@ -281,7 +275,7 @@ def test_damaged_files(llama: Case, folder):
         expect_refusal(llama, folder, "expected a whole safetensors file")
     for damaged in ("{", "[1]", "[" * 10**5):
         (folder / CONFIG).write_text(damaged)
-        expect_refusal(llama, folder, "expected JSON|peft_type: expected 'TINYLORA', got 'list'")
+        expect_refusal(llama, folder, "expected a JSON object")
 
 
 def test_pickled_weights_are_not_read(llama: Case, folder):

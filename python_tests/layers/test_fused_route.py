@@ -1,4 +1,4 @@
-"""`Route.fused`: the same numbers with fewer looks, and None wherever a look is needed."""
+"""`fuse`: the same numbers with fewer looks and fewer calls, and None wherever a look is needed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from peft import get_peft_model
 from torch import nn
 
 from loraxs_ext import LoraXSConfig
-from loraxs_ext.layers import LoraXSLinear, Route
+from loraxs_ext.layers import LoraXSLinear, Route, Rows, following, fuse
 
 
 def layer_of(base: nn.Linear | None = None, **options: object) -> LoraXSLinear:
@@ -24,7 +24,7 @@ def layer_of(base: nn.Linear | None = None, **options: object) -> LoraXSLinear:
 
 @pytest.fixture
 def route() -> Route:
-    return Route(torch.tensor([1, -1, 0], dtype=torch.int32), torch.randn(2, 3, 3), "default", scale=0.5)
+    return Route(Rows(torch.tensor([1, -1, 0], dtype=torch.int32)), torch.randn(2, 3, 3), "default", scale=0.5)
 
 
 @pytest.mark.parametrize("tokens", [1, 4])
@@ -33,29 +33,33 @@ def test_the_same_numbers(route: Route, tokens: int):
     layer, x = layer_of(), torch.randn(3, tokens, 12)
     layer.route = route
     expected = layer(x)
-    route.fused = layer.fused(route)
-    assert route.fused is not None and torch.equal(layer(x), expected)
-    # A server puts other slots in their place.
-    route.slots = torch.tensor([-1, -1, -1], dtype=torch.int32)
-    torch.testing.assert_close(layer(x), layer.base_layer(x))
+    fuse({layer: route})
+    with following({layer: route}):
+        assert layer.fused is not None and torch.equal(layer(x), expected)
+        # A server puts other slots in their place.
+        route.rows.slots = torch.tensor([-1, -1, -1], dtype=torch.int32)
+        torch.testing.assert_close(layer(x), layer.base_layer(x))
+    assert layer.fused is None
 
 
 def test_gradients_of_a_weight_that_is_trained(route: Route):
     layer, x = layer_of(), torch.randn(3, 12)
     layer.base_layer.weight.requires_grad_(True)
-    layer.route = route
-    route.fused = layer.fused(route)
-    layer(x).sum().backward()
+    fuse({layer: route})
+    with following({layer: route}):
+        layer(x).sum().backward()
     assert layer.base_layer.weight.grad is not None
 
 
 @torch.no_grad()
 def test_what_changes_meanwhile_counts(route: Route):
     layer, x = layer_of(), torch.randn(3, 12)
-    layer.route = route
-    route.fused = layer.fused(route)
-    layer.enable_adapters(False)
-    assert torch.equal(layer(x), layer.base_layer(x))
+    fuse({layer: route})
+    with following({layer: route}):
+        layer.enable_adapters(False)
+        assert torch.equal(layer(x), layer.base_layer(x))
+        with following({layer: route}):
+            assert torch.equal(layer(x), layer.base_layer(x))
 
 
 def hooked() -> LoraXSLinear:
@@ -70,11 +74,15 @@ class OtherLinear(nn.Linear):
 
 @pytest.mark.parametrize("make", [hooked, lambda: layer_of(OtherLinear(12, 10))], ids=["hook", "subclass"])
 def test_none_where_forward_has_to_look(route: Route, make: Callable[[], LoraXSLinear]):
-    assert make().fused(route) is None
+    fuse({make(): route})
+    assert route.fused is None
 
 
 def test_none_for_dropout_and_for_the_base_model(route: Route):
     layer = layer_of()
     route.p_drop = 0.5
-    assert layer.fused(route) is None
-    assert layer.fused(Route(route.slots, None, "__base__")) is None
+    fuse({layer: route})
+    assert route.fused is None
+    base_rows = Route(route.rows, None, "__base__")
+    fuse({layer: base_rows})
+    assert base_rows.fused is None

@@ -8,7 +8,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from loraxs_ext.layers import BASE, build_route, routed
-from loraxs_ext.layers.routing import Route
+from loraxs_ext.layers.routing import Route, Rows
 
 from .helpers import K, N, add, expected_output, make_layer
 
@@ -67,15 +67,15 @@ def test_what_a_route_keeps_follows_its_slots_and_the_basis(layer):
     with routed([layer], ["default", "wide"]):
         for change in ("nothing", "slots in place", "other slots", "other rows", "basis"):
             if change == "slots in place":
-                layer.route.slots.copy_(torch.tensor([-1, 0]))
+                layer.route.rows.slots.copy_(torch.tensor([-1, 0]))
             elif change == "other slots":
-                layer.route.slots = torch.tensor([1, -1], dtype=torch.int32)
+                layer.route.rows.slots = torch.tensor([1, -1], dtype=torch.int32)
             elif change == "other rows":
                 x = torch.randn(4, 3, K)
             elif change == "basis":
                 layer.set_basis(-2 * layer.loraxs_A, layer.loraxs_Bt)
             got = layer(x)
-            fresh = Route(layer.route.slots.clone(), layer.route.pages, layer.route.adapter)
+            fresh = Route(Rows(layer.route.rows.slots.clone()), layer.route.pages, layer.route.adapter)
             kept, layer.route = layer.route, fresh
             assert torch.equal(layer(x), got), change
             layer.route = kept
@@ -87,7 +87,7 @@ def test_a_route_makes_nothing_twice(layer):
         first, second = layer.paths(x)[0], layer.paths(x)[0]
         assert first.a is second.a and first.b is second.b and first.slots is second.slots
         with torch.inference_mode():
-            layer.route.slots = layer.route.slots.clone()
+            layer.route.rows.slots = layer.route.rows.slots.clone()
         assert layer.paths(x)[0].slots is not layer.paths(x)[0].slots
 
 
@@ -101,7 +101,7 @@ def test_one_slot_per_token(layer):
 
 def test_slots_are_int32_and_pages_carry_the_scaling(layer):
     route = build_route(layer, NAMES)
-    assert route.slots.dtype == torch.int32 and route.slots.tolist() == [0, -1, 1, 0, -1]
+    assert route.rows.slots.dtype == torch.int32 and route.rows.slots.tolist() == [0, -1, 1, 0, -1]
     assert route.pages.shape == (2, 6, 6)
     torch.testing.assert_close(route.pages[0, :3, :3], layer.scaling["default"] * layer.get_R("default"))
     assert not route.pages[0, 3:].any()

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import (
     BertConfig,
@@ -108,6 +108,18 @@ def logits(model: nn.Module, inputs: dict[str, Tensor], **kwargs) -> Tensor:
     """Output without gradient."""
     with torch.no_grad():
         return model(**inputs, **kwargs).logits
+
+
+def alone(model: PeftModel, name: str, call: Callable[[], Tensor]) -> Tensor:
+    """What `call` returns with this adapter only, or with none for "__base__"."""
+    if name == "__base__":
+        with model.disable_adapter():
+            return call()
+    model.set_adapter(name)
+    try:
+        return call()
+    finally:
+        model.set_adapter("default")
 
 
 def layers_of(model: nn.Module) -> list[LoraXSLayer]:

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, 
 
 from loraxs_ext.layers.repacking import is_repacked, unpack
 
-from .models import CASES, layers_of, logits, train
+from .models import CASES, alone, layers_of, logits, train
 
 bnb = pytest.importorskip("bitsandbytes")
 
@@ -85,13 +85,8 @@ def test_mixed_batch_equals_each_row_alone(kind):
     names = ["default", "__base__", "second", "default"]
     mixed = logits(model, CASE.inputs(), adapter_names=names)
     for row, name in enumerate(names):
-        if name == "__base__":
-            with model.disable_adapter():
-                alone = logits(model, CASE.inputs())
-        else:
-            model.set_adapter(name)
-            alone = logits(model, CASE.inputs())
-        torch.testing.assert_close(mixed[row], alone[row], rtol=1e-4, atol=1e-4)
+        expected = alone(model, name, lambda: logits(model, CASE.inputs()))
+        torch.testing.assert_close(mixed[row], expected[row], rtol=1e-4, atol=1e-4)
     tokens = model.generate(**CASE.inputs(), adapter_names=names, max_new_tokens=3, do_sample=False)
     assert tokens.shape == (4, 9)
 

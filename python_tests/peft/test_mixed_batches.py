@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft.utils import ModulesToSaveWrapper
 
-from .models import CASES, Case, logits
+from .models import CASES, Case, alone, logits
 
 NAMES = ["default", "__base__", "other", "default"]
 
@@ -16,17 +16,6 @@ def model(case: Case):
     model = case.model()
     model.add_adapter("other", case.config(r=6, init_seed=1))
     return model.eval()
-
-
-def alone(model, name: str, call):
-    if name == "__base__":
-        with model.disable_adapter():
-            return call()
-    model.set_adapter(name)
-    try:
-        return call()
-    finally:
-        model.set_adapter("default")
 
 
 def test_forward(case: Case, model):

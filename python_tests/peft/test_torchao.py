@@ -11,7 +11,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, TorchAoConfig
 
-from .models import CASES, layers_of, logits, train
+from .models import CASES, alone, layers_of, logits, train
 
 quantization = pytest.importorskip("torchao.quantization")
 
@@ -71,13 +71,8 @@ def test_mixed_batch_equals_each_row_alone(folder, scheme):
     names = ["default", "__base__", "second", "sum"]
     mixed = logits(model, CASE.inputs(), adapter_names=names)
     for row, name in enumerate(names):
-        if name == "__base__":
-            with model.disable_adapter():
-                alone = logits(model, CASE.inputs())
-        else:
-            model.set_adapter(name)
-            alone = logits(model, CASE.inputs())
-        torch.testing.assert_close(mixed[row], alone[row], rtol=1e-4, atol=1e-4)
+        expected = alone(model, name, lambda: logits(model, CASE.inputs()))
+        torch.testing.assert_close(mixed[row], expected[row], rtol=1e-4, atol=1e-4)
     tokens = model.generate(**CASE.inputs(), adapter_names=names, max_new_tokens=3, do_sample=False)
     assert tokens.shape == (4, 9)
 

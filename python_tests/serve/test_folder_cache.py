@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from loraxs_ext.checkpoint.output import atomic_folder
+from loraxs_ext.files import atomic_folder
 from loraxs_ext.serve.vllm.folder_cache import FolderCache
 
 SIZE = 1000

@@ -60,6 +60,18 @@ def test_folders_come_back_bit_for_bit_and_leave_the_template(llama, many, tmp_p
         assert all(layer.is_settled("default") for layer in model.layers)
 
 
+def test_a_folder_of_an_adapter_is_replaced_and_nothing_else(many, tmp_path):
+    for _ in range(2):
+        (path,) = save_folders(many, tmp_path, ["cat"])
+        assert sorted(p.name for p in path.iterdir())[:2] == ["README.md", "adapter_config.json"]
+        (path / "of the old one").touch()
+    (tmp_path / "ann").mkdir()
+    (tmp_path / "ann" / "letter").touch()
+    with pytest.raises(FileExistsError, match="ann is not the folder of a model or an adapter"):
+        save_folders(many, tmp_path, ["ann"])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["ann", "cat"] and (tmp_path / "ann" / "letter").exists()
+
+
 def test_seeds_are_written_down(llama, tmp_path):
     many = ManyAdapters(peft_model(llama, init_seed=3), ["x", "y"], seeds=[8, 9])
     seeds = [json.loads((p / "adapter_config.json").read_text())["init_seed"] for p in save_folders(many, tmp_path)]

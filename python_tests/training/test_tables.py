@@ -41,7 +41,7 @@ def test_tab_separated_files_quote_nothing(tmp_path):
         ("a.csv", 'text,label\n"a,b\n', "a.csv, line 1: unexpected end"),
         ("a.csv", "text,label\n", "a.csv: expected at least one row"),
         ("a.csv", "words,label\na,b\n", "a.csv, line 2: expected a value for 'text'; there are words, label"),
-        ("a.jsonl", '{"text": 1, "label": 2}\n[1]\n', "a.jsonl, line 2: expected a JSON object, got '[1]"),
+        ("a.jsonl", '{"text": 1, "label": 2}\n[1]\n', "a.jsonl, line 2: expected a JSON object, got list"),
         ("a.jsonl", '{"text": \n', "a.jsonl, line 1: expected a JSON object"),
         ("a.jsonl", '{"text": "a", "label": null}\n', "a.jsonl, line 1: expected a value for 'label'"),
         ("a.json", '{"text": 1}', "a.json: expected a JSON array"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import shutil
 import tempfile
 from pathlib import Path
@@ -14,6 +13,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from loraxs_ext.checkpoint.packing import row_of
+from loraxs_ext.files import read_json
 from loraxs_ext.store import AdapterStore, VersionConflict
 
 from .errors import ApiError
@@ -80,12 +80,7 @@ def _put(store: AdapterStore, name: str, files: dict[str, BinaryIO], expected: i
 
 def _check_drawn(folder: Path) -> None:
     """Raise unless what a configuration makes the reader allocate is within reason."""
-    try:
-        config = json.loads((folder / _CONFIG).read_bytes())
-    except (ValueError, RecursionError):
-        raise ValueError(f"{_CONFIG}: expected JSON, got something else") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{_CONFIG}: expected a JSON object")
+    config = read_json(folder / _CONFIG)
     if not config.get("use_tinylora"):
         return
     pattern = config.get("rank_pattern") or {}

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from loraxs_ext.files import lock_folder
+
 # Seconds between two looks whether another process has made a folder; it takes that a moment.
 _POLL = 0.02
 # Seconds after which a half made folder that nobody holds is one of a killed process.
@@ -94,22 +96,10 @@ class FolderCache:
 
 def _lock(path: Path, kind: int) -> int | None:
     """A descriptor that holds a lock of the folder; None if there is no such folder, or it is in use otherwise."""
-    while True:
-        try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        try:
-            fcntl.flock(descriptor, kind)
-            # It may have been removed, and made again, between the two calls.
-            if os.fstat(descriptor).st_ino == os.stat(path).st_ino:
-                return descriptor
-        except FileNotFoundError:
-            pass
-        except BlockingIOError:
-            os.close(descriptor)
-            return None
-        os.close(descriptor)
+    try:
+        return lock_folder(path, kind)
+    except (FileNotFoundError, NotADirectoryError, BlockingIOError):
+        return None
 
 
 def _remove(path: Path) -> bool:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from loraxs_ext.basis.tensor_file import Layout, TensorFile, write_tensors
-from loraxs_ext.training.folder import replaced_folder
+from loraxs_ext.files import atomic_folder
 from loraxs_ext.training.start import continue_from
 
 from .model import ManyAdapters
@@ -26,18 +26,19 @@ def save_folders(many: ManyAdapters, folder: str | Path, names: Sequence[str] | 
 
     Args:
         many: holds the adapters.
-        folder: made if it is not there; a folder of that name in it is replaced as a whole.
+        folder: made if it is not there; an adapter of that name in it is replaced as a whole.
         names: which; None for all.
 
     Raises:
         ValueError: a name is not that of a folder.
+        FileExistsError: there is something of that name that is no adapter, or that holds another.
     """
     saved = []
     for name in many.names if names is None else names:
         if name in ("", ".", "..") or Path(name).name != name:
             raise ValueError(f"names: expected a name that can be a folder's, got {name!r}")
         path = Path(folder) / name
-        with _in_template(many, name), replaced_folder(path) as staged:
+        with _in_template(many, name), atomic_folder(path, overwrite=True) as staged:
             many.model.save_pretrained(str(staged))
         saved.append(path)
     return saved

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from peft import PeftModel
 from torch import Tensor, nn
 
-from loraxs_ext.layers import LoraXSLayer, Route, following, initial_core
+from loraxs_ext.layers import LoraXSLayer, Route, Rows, following, initial_core
 from loraxs_ext.peft import LoraXSConfig
 from loraxs_ext.store import AdapterRow, RowLayout, Segment
 
@@ -154,11 +154,11 @@ class ManyAdapters(nn.Module):
             raise ValueError(f"slots: expected values in [-1, {len(self.names)}), got {wrong}")
         active = present[1:] if lowest == -1 else present
         local = (place - int(lowest == -1)).to(torch.int32)
-        routes = {}
+        rows, routes = Rows(local), {}
         for layer, pages in zip(self.layers, self._pages(active), strict=True):
             dropout = layer.loraxs_dropout[TEMPLATE]
             p_drop = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
-            routes[layer] = Route(local, pages, TEMPLATE, scale=layer.scaling[TEMPLATE], p_drop=p_drop)
+            routes[layer] = Route(rows, pages, TEMPLATE, scale=layer.scaling[TEMPLATE], p_drop=p_drop)
         return routes
 
     def _pages(self, active: Tensor) -> Iterator[Tensor | None]:
