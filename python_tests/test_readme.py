@@ -42,7 +42,6 @@ def test_quick_start_and_mixed_batch(model_folder):
     for name in ("alice", "bob"):
         Path("my-adapter").rename(name)
         scope["model"].save_pretrained("my-adapter")
-    scope["prompts"] = ["LoRA - XS trains", "answer this", "an r by r matrix"]
     exec(mixed.replace("model.generate(", "output = model.generate("), scope)
     assert scope["output"].shape[0] == 3
 

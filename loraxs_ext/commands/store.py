@@ -100,7 +100,7 @@ def _info(store: AdapterStore, arguments: argparse.Namespace) -> int:
     print(f"{store.path}: {stat.adapters} adapters, {stat.versions} older versions, {stat.layouts} layouts")
     print(f"size     {stat.nbytes / 1e6:.1f} MB, {stat.free_bytes / 1e6:.1f} of them free; ", end="")
     print(f"{stat.bytes_per_adapter:.0f} bytes an adapter; {stat.readers} readers now")
-    print(f"base     {facts['base']} (fingerprint {manifest.fingerprint or 'unknown'})")
+    print(f"base     {facts['base'] or 'without a name'} (fingerprint {manifest.fingerprint or 'unknown'})")
     print(f"modules  {ranks}")
     print(f"keeps    {store.keep} version{'s' if store.keep > 1 else ''} of an adapter")
     return 0

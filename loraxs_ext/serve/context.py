@@ -50,5 +50,7 @@ def adapters(model: nn.Module, names: Sequence[str | None], *, timeout: float | 
         raise ValueError(
             f"model: expected one with an AdapterPool or with LoRA-XS adapters, got {type(base).__name__} without"
         )
+    if any(layer.disable_adapters for layer in layers):
+        raise ValueError("model: expected adapters that are not disabled, got some; leave disable_adapter() first")
     with route_rows(base, [BASE if name is None else name for name in names]), one_adapter_a_row(base, layers):
         yield

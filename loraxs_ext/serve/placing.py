@@ -70,6 +70,7 @@ class Placement:
         self._policy = AdapterBasis(POOL, footing.recipe, footing.check, footing.tol, footing.basis_file)
         self._added: set[str] = set()
         self.layers: list[LoraXSLinear] = []
+        self._hook = model.register_state_dict_post_hook(_leave_pool_out)
         try:
             self._place()
             self._stand()
@@ -88,6 +89,7 @@ class Placement:
                 layer.delete_adapter(POOL)
         self.layers.clear()
         self._added.clear()
+        self._hook.remove()
 
     def _place(self) -> None:
         modules, ranks = dict(self._model.named_modules()), self._footing.ranks
@@ -191,6 +193,34 @@ class Placement:
         for layer in self.layers:
             self._use(layer, rank)
         self._policy.settle()
+
+
+def _leave_pool_out(model: nn.Module, state: dict[str, Tensor], prefix: str, _: object) -> None:
+    """Name the weights of a model as if it had no pool."""
+    # Told from the layers alone, because a copy of the model has this hook too. A PEFT model's own have more adapters.
+    added = {
+        f"{prefix}{name}."
+        for name, module in model.named_modules()
+        if isinstance(module, LoraXSLayer) and list(module.loraxs_R) == [POOL]
+    }
+    entries = list(state.items())
+    state.clear()
+    for name, value in entries:
+        layer = next((begin for begin in _beginnings(name) if begin in added), None)
+        if layer is not None:
+            own = name[len(layer) :]
+            if not own.startswith("base_layer."):
+                continue
+            name = layer + own.removeprefix("base_layer.")
+        elif f".loraxs_R.{POOL}." in name:
+            continue
+        state[name] = value
+
+
+def _beginnings(name: str) -> Iterator[str]:
+    """The modules that a weight is in, by name."""
+    parts = name.split(".")
+    return (".".join(parts[:i]) + "." for i in range(1, len(parts)))
 
 
 @contextmanager

@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loraxs_ext.layers import BASE, Known, LoraXSLayer, Route, Rows, following, fuse
+from loraxs_ext.layers import BASE, Known, LoraXSLayer, Route, Rows, fuse
 from loraxs_ext.peft import LoraXSConfig
 from loraxs_ext.store import Lease, Pager, RowLayout, RowSource, Segment, Slab
 
 from .footing import footing_of
 from .models import transformers_model
+from .nesting import Nesting
 from .placing import POOL, Placement, other_layers
 from .rows import one_adapter_a_row
 
@@ -28,8 +29,9 @@ class AdapterPool:
     """LoRA-XS layers in a model that read one slab, and what brings adapters into its slots.
 
     The weights of the model are shared, not copied, and nothing becomes trainable. Outside of `adapters` and
-    `token_slots` the model computes what it computed before. Move it to its device before, and save it after `close`:
-    the slab stays where it was made, and modules under a layer have other names.
+    `token_slots` the model computes what it computed before, and its `state_dict` and `save_pretrained` leave the pool
+    out. Move it to its device before, for the slab stays where it was made, and load weights after `close`, for modules
+    under a layer have other names.
 
     One batch at a time: a thread that enters `adapters` or `token_slots` while another is inside waits for it. The
     choice of adapters belongs to the model, not to the thread: calls of the model by other threads meanwhile are
@@ -73,6 +75,7 @@ class AdapterPool:
             raise ValueError("model: expected a model without a pool, got one that has a pool; close() that first")
         self.source = source
         self._turn = threading.RLock()
+        self._nesting = Nesting()
         self._placement = Placement(self.model, footing_of(source, self.model, adapter_config), rank)
         try:
             self.layers = tuple(self._placement.layers)
@@ -202,7 +205,9 @@ class AdapterPool:
         self.close()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # A copied or unpickled model has no pool.
+        # A copied or unpickled model has no pool, and should have no routes either.
+        if any(layer.route is not None for layer in self.layers):
+            raise RuntimeError("model: expected to be copied outside of adapters() and token_slots(), got it inside")
         return type(None), ()
 
     @contextmanager
@@ -215,6 +220,7 @@ class AdapterPool:
             # Known only now: it may have been detached while this thread waited.
             if not self.layers:
                 raise RuntimeError("pool: expected one that is in its model, got one that was detached")
+            self._nesting.check_task()
             yield
         finally:
             self._turn.release()
@@ -237,7 +243,7 @@ class AdapterPool:
             rows.slots = new
 
         base_rows = {layer: Route(rows, None, BASE) for layer in self._others}
-        with following(dict(chain(routes.items(), base_rows.items()))):
+        with self._nesting.following(dict(chain(routes.items(), base_rows.items()))):
             yield assign
 
     def _check_slots(self, slots: Tensor) -> Tensor:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import wraps
-from typing import Any
+from functools import update_wrapper
+from typing import Any, cast
 
 from torch import nn
 
@@ -26,27 +26,42 @@ def one_adapter_a_row(model: nn.Module, layers: Sequence[LoraXSLayer]) -> Iterat
     if plain is None:
         yield
         return
-    shadowed = vars(model).get("generate")
-
-    @wraps(plain)
-    def generate(*args: Any, **kwargs: Any) -> Any:
-        route = layers[0].route
-        assert route is not None
-        check_rows(len(route.rows.slots), args, kwargs)
-        _set_exact(layers, False)
-        try:
-            return plain(*args, **kwargs)
-        finally:
-            _set_exact(layers, True)
-
-    model.generate = generate  # type: ignore[assignment]
+    # Contexts inside this one find it there, and the last of them to be left takes it away.
+    counting = plain if isinstance(plain, _Generate) else _Generate(model, layers)
+    counting.contexts += 1
     try:
         yield
     finally:
-        if shadowed is None:
-            del model.generate
+        counting.contexts -= 1
+        if not counting.contexts:
+            counting.remove()
+
+
+class _Generate:
+    """What stands for `model.generate` as long as there are contexts."""
+
+    def __init__(self, model: nn.Module, layers: Sequence[LoraXSLayer]) -> None:
+        self._model, self._layers, self.contexts = model, layers, 0
+        self._shadowed = vars(model).get("generate")
+        self._plain = cast(Any, model.generate)
+        update_wrapper(self, self._plain)
+        model.generate = self  # type: ignore[assignment]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        route = self._layers[0].route
+        assert route is not None
+        check_rows(len(route.rows.slots), args, kwargs)
+        _set_exact(self._layers, False)
+        try:
+            return self._plain(*args, **kwargs)
+        finally:
+            _set_exact(self._layers, True)
+
+    def remove(self) -> None:
+        if self._shadowed is None:
+            del self._model.generate
         else:
-            model.generate = shadowed
+            self._model.generate = self._shadowed
 
 
 def _set_exact(layers: Sequence[LoraXSLayer], exact: bool) -> None:

@@ -129,6 +129,7 @@ def test_other_numbers_of_rows_are_refused(scene: Scene, rows):
     with loraxs_ext.adapters(scene.model, NAMES):
         with pytest.raises(ValueError, match=f"one name per row of the batch, got 4 names for {rows} rows"):
             generate(scene.model, inputs["input_ids"])
+        generate(scene.model, scene.ids())
         with pytest.raises(ValueError, match="got 4 for an input of shape"):
             logits(scene.model, inputs)
 

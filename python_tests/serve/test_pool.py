@@ -57,6 +57,8 @@ def test_weights_are_shared_and_nothing_is_trainable():
     assert str(model) == str(LLAMA.base()) and not any("loraxs" in name for name in vars(model))
     with pytest.raises(RuntimeError, match="detached"), pool.adapters(["wide"]):
         pass
+    with pytest.raises(RuntimeError, match="closed"):
+        pool.acquire(["wide"])
 
 
 def test_a_copy_of_the_model_has_no_pool(llama: Scene):
@@ -326,6 +328,15 @@ def test_slots_that_are_all_in_use_are_waited_for(llama: Scene):
     stats = llama.pool.stats()
     assert (stats["pinned"], stats["slots"], stats["in_use"] <= 1) == (1, 3, True)
     llama.pool.unpin(["plain"])
+
+
+def test_the_wait_for_another_thread_is_part_of_the_timeout(llama: Scene, monkeypatch):
+    clock, given = iter([100.0, 103.0]), []
+    monkeypatch.setattr("loraxs_ext.serve.pool.time", SimpleNamespace(monotonic=lambda: next(clock)))
+    acquire = llama.pool.acquire
+    monkeypatch.setattr(llama.pool, "acquire", lambda names, timeout: (given.append(timeout), acquire(names, 0))[1])
+    with loraxs_ext.adapters(llama.model, ["wide"], timeout=5):
+        assert given == [2.0]
 
 
 def test_a_second_thread_waits_for_the_first(llama: Scene):

@@ -148,7 +148,8 @@ def damaged(folder: Path, tensors=None, config=None) -> dict:
         (lambda f: {**files_of(f), "weights": b"\xff" * 8 + b"{}"}, 422, "expected a whole safetensors file"),
         (lambda f: {**files_of(f), "weights": files_of(f)["weights"][:-9]}, 422, "whole safetensors file"),
         (lambda f: {**files_of(f), "weights": b"a" * (1 << 18)}, 413, "body: expected at most"),
-        (lambda f: {**files_of(f), "config": b"{"}, 422, ""),
+        (lambda f: {**files_of(f), "config": b"{"}, 422, "adapter_config.json: expected"),
+        (lambda f: {**files_of(f), "config": b"[" * 9999}, 422, "adapter_config.json: expected"),
         (lambda f: {**files_of(f), "config": b"[]"}, 422, "expected a JSON object"),
         (lambda f: damaged(f, config={"peft_type": "LORA"}), 422, "LORAXS"),
         (lambda f: damaged(f, config={"use_edora": True}), 422, "edora"),
@@ -165,8 +166,9 @@ def damaged(folder: Path, tensors=None, config=None) -> dict:
         ),
     ],
     ids=[
-        "no config", "more files", "zeros", "long header", "cut", "large", "config cut", "config list", "LoRA", "EDoRA",
-        "pattern without end", "huge TinyLoRA", "other sigma", "NaN", "not square", "other modules", "other basis",
+        "no config", "more files", "zeros", "long header", "cut", "large", "config cut", "config deep",
+        "config list", "LoRA", "EDoRA", "pattern without end",
+        "huge TinyLoRA", "other sigma", "NaN", "not square", "other modules", "other basis",
     ],
 )  # fmt: skip
 def test_what_is_no_adapter_of_this_store_is_refused(site: Site, server: Running, change, status, sentence):
@@ -178,8 +180,16 @@ def test_what_is_no_adapter_of_this_store_is_refused(site: Site, server: Running
     assert ask(server, "alice", 2) == site.text("alice", PROMPT, 2)
 
 
-@pytest.mark.parametrize("name", ["a%00b", "a" * 600, "%0A", ""], ids=["zero", "long", "line", "none"])
+@pytest.mark.parametrize("name", ["a%00b", "a" * 600, "%09", ""], ids=["zero", "long", "tabulator", "none"])
 def test_names_that_are_none(site: Site, server: Running, name):
     status, _, body = put(server, name, files_of(site.folders["spare"]))
     assert status == 422 and "name: expected" in body["error"]["message"]
     assert delete(server, name) == 404
+
+
+def test_a_line_break_at_the_end_of_a_name_does_not_mean_the_name_without_it(site: Site, server: Running):
+    before = server.service.store.version("alice")
+    assert put(server, "alice%0A", files_of(site.folders["spare"]))[0] == 404
+    assert delete(server, "alice%0A") == 404
+    assert send(server, "GET", "/v1/models/tiny%3Aalice%0A")[0] == 404
+    assert server.service.store.version("alice") == before

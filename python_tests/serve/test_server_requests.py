@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -63,6 +64,9 @@ def _lives_on(server):
         ({"temperature": -0.1}, "temperature"),
         ({"temperature": 1e400}, "temperature"),
         ({"temperature": "hot"}, "temperature"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"temperature": True}, "temperature"),
+        ({"temperature": 10**400}, "temperature"),
         ({"top_p": 0}, "top_p"),
         ({"top_k": -1}, "top_k"),
         ({"seed": 1 << 70}, "seed"),
@@ -75,13 +79,16 @@ def _lives_on(server):
         ({"prompt": [50]}, "prompt: expected at least one token, each from 0 to 49"),
         ({"prompt": [-5]}, "prompt"),
         ({"prompt": [[5], []]}, "prompt: expected at least one token"),
-        ({"prompt": {"word": 5}}, "prompt"),
+        ({"prompt": {"word": 5}}, "prompt: expected a text, tokens, or a list of either"),
+        ({"prompt": [True]}, "prompt: expected a text, tokens, or a list of either"),
         ({"prompt": "\ud800"}, "prompt"),
         ({"prompt": None}, "prompt: Field required"),
         ({"model": None}, "model: Field required"),
         ({"model": 5}, "model"),
         ({"stop": ["a", "b", "c"]}, "stop: expected at most 2"),
+        ({"stop": ["a"] * 1500}, "stop: expected at most 2"),
         ({"stop": ""}, "stop"),
+        ({"stop": [1]}, "stop: expected a text or a list of texts"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"logprobs": 1}, "logprobs: this server does not support it"),
         ({"logprobs": 0}, "logprobs: this server does not support it"),
@@ -156,6 +163,8 @@ def test_other_content_types(server: Running):
         "tiny:a\0b",
         "tiny:" + "a" * 600,
         "alice",
+        "tiny/alice",
+        "tiny.alice",
     ],
     ids=lambda model: model[:20].encode("unicode_escape").decode(),
 )
@@ -176,8 +185,9 @@ def test_unknown_models(server: Running, model):
     ids=["none", "no content", "role", "text", "image"],
 )
 def test_bad_messages(server: Running, messages):
-    body = json.dumps({"model": "tiny", "messages": messages})
-    check_error(send(server, "POST", "/v1/chat/completions", body), 422, "messages")
+    answer = send(server, "POST", "/v1/chat/completions", json.dumps({"model": "tiny", "messages": messages}))
+    check_error(answer, 422, "messages")
+    assert answer[2]["error"]["param"] in ("messages", "messages.0.content", "messages.0.role")
 
 
 @pytest.mark.parametrize("limit", ["0", "-1", "1001", "9" * 50, "x", "²"])
@@ -193,6 +203,12 @@ def test_wrong_keys(server: Running, path, key):
     check_error(send(server, method, path, json.dumps(GOOD) if method == "POST" else None, key=key), 401, "valid key")
 
 
+@pytest.mark.parametrize("path", ["/metrics%0A", "//metrics", "/v1%0A/models", "/nothing", "/METRICS"])
+def test_another_spelling_of_a_path_is_no_way_around_the_key(server: Running, path):
+    check_error(send(server, "GET", path, Authorization=None), 401, "valid key")
+    check_error(send(server, "GET", path), 404, "no such route")
+
+
 def test_no_key(server: Running):
     check_error(send(server, "GET", "/v1/models", Authorization=None), 401, "valid key")
     check_error(send(server, "GET", "/v1/models", Authorization=API_KEY), 401, "valid key")
@@ -204,6 +220,12 @@ def test_routes(server: Running):
     check_error(send(server, "PUT", "/v1/../admin/adapters/a"), 404, "no such route")
     for path in ("/health", "/ready", "/", "/page/page.js"):
         assert send(server, "GET", path, key="")[0] == 200
+
+
+@pytest.mark.parametrize("given", ["job.7_a-b", "<script>", "a b", "a" * 65, "é", ""])
+def test_the_id_of_a_request_is_the_clients_if_it_is_harmless(server: Running, given):
+    found = send(server, "GET", "/health", **{"X-Request-ID": given.encode()})[1]["X-Request-ID"]
+    assert found == given if given == "job.7_a-b" else re.fullmatch("[0-9a-f]{32}", found)
 
 
 def test_a_full_queue_and_a_slot_that_does_not_come_free(server: Running):

@@ -1,12 +1,20 @@
-"""A server whose cache is too small, and one whose engine breaks."""
+"""A server whose cache is too small, one whose engine breaks, and clients that leave before they have a slot."""
 
 from __future__ import annotations
 
+import json
+import socket
+import time
+import warnings
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from urllib.parse import urlparse
 
 import pytest
 
-from .server_scenes import ADAPTERS, APIError, InternalServerError, Site, make_site, model_of, running, send
+from loraxs_ext.serve.server.limits import Limits
+
+from .server_scenes import ADAPTERS, API_KEY, APIError, InternalServerError, Site, make_site, model_of, running, send
 
 PROMPT = "word5 word6 word7"
 
@@ -54,3 +62,60 @@ def test_a_broken_engine_is_said_to_be_broken(site: Site):
             client.completions.create(model="tiny", prompt=PROMPT)
         assert caught.value.status_code == 503
         assert server.service.engine.running == 0 and server.service.engine.pool.stats()["in_use"] == 0
+
+
+def until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+def test_a_client_that_leaves_the_line_for_a_slot_does_not_get_one(site: Site):
+    """Its place in the line comes up later, and the slot is given back."""
+    with running(site, slots=1) as server, warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always", ResourceWarning)
+        engine, address = server.service.engine, urlparse(server.url)
+        body = json.dumps({"model": "tiny:team/bob", "prompt": PROMPT})
+        head = f"Authorization: Bearer {API_KEY}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+        with engine.pool.acquire(["alice"]):
+            with socket.create_connection((address.hostname, address.port), timeout=20) as connection:
+                connection.sendall(f"POST /v1/completions HTTP/1.1\r\nHost: x\r\n{head}\r\n\r\n{body}".encode())
+                until(lambda: engine.pool.stats()["waiting"] == 1)
+            until(lambda: engine.waiting == 0)
+        until(lambda: engine.pool.stats()["loads"] == 2)
+        until(lambda: engine.pool.stats()["in_use"] == 0)
+    # Given back, not just lost and found.
+    assert not [one for one in told if "a lease was dropped" in str(one.message)]
+
+
+def test_a_request_that_the_engine_does_not_take_leaves_nothing_behind(site: Site, monkeypatch):
+    with running(site) as server:
+        engine, body = server.service.engine, json.dumps({"model": "tiny:alice", "prompt": PROMPT})
+        monkeypatch.setattr(engine._batching, "add_request", lambda *_, **__: None)
+        assert send(server, "POST", "/v1/completions", body)[0] == 503
+        assert engine.running == 0 and engine.pool.stats()["in_use"] == 0
+        assert not engine._batching.slots and not engine._batching.output_router.result_handlers
+        monkeypatch.undo()
+        assert send(server, "POST", "/v1/completions", body)[0] == 200
+
+
+def test_the_wait_for_a_thread_is_part_of_the_wait_for_a_slot(site: Site, monkeypatch):
+    with running(site) as server:
+        engine, given = server.service.engine, []
+        monkeypatch.setattr(engine.pool, "acquire", lambda names, timeout: given.append((names, timeout)))
+        engine._acquire("alice", time.monotonic() - 1)
+        assert given == [(["alice"], 0.0)]
+
+
+def test_of_a_request_that_is_taken_in_part_nothing_is_computed(site: Site, monkeypatch):
+    """There is room in the queue for the first of its answers only."""
+    with running(site, limits=Limits(queue=1)) as server:
+        engine, cancelled = server.service.engine, []
+        cancel = engine._batching.cancel_request
+        monkeypatch.setattr(engine._batching, "cancel_request", lambda name: cancelled.append(name) or cancel(name))
+        body = json.dumps({"model": "tiny:alice", "prompt": PROMPT, "max_tokens": 900, "n": 2})
+        assert send(server, "POST", "/v1/completions", body)[0] == 429
+        assert len(cancelled) == 1
+        until(lambda: engine.running == 0)
+        assert engine.pool.stats()["in_use"] == 0

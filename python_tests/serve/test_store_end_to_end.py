@@ -130,7 +130,7 @@ def test_the_guide_runs(guide_folder):
     assert len(blocks) == 4
     blocks[0], named = re.subn(r'name = "[^"]+"', f"name = {str(guide_folder)!r}", blocks[0])
     assert named == 1
-    scope: dict = {"prompts": ["word2 word3 word4", "word5", "word2 word3 word4"]}
+    scope: dict = {}
     for block in blocks:
         if "source" in block:
             scope["source"] = Shelf()

@@ -205,8 +205,9 @@ def test_a_name_deleted_while_names_are_read_does_not_stop_them(
 
 
 def test_a_rank_or_module_that_the_basis_lacks_is_refused_with_numbers(store: AdapterStore) -> None:
-    with pytest.raises(ValueError, match=r"'alice': model.layers.0.q_proj: expected a rank of at most 4, got 5"):
-        store.put(stores.row("alice", rank=5))
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"'alice': model.layers.0.q_proj: expected a rank of at most 4, got 5"):
+            store.put(stores.row("alice", rank=5))
     strange = RowLayout([Segment(stores.KEYS[0], 1), Segment("lm_head", 1)])
     with pytest.raises(ValueError, match="its basis, which has 3, got 1 of 2 that it does not know.*'lm_head'"):
         store.put(AdapterRow("alice", 0, strange, torch.zeros(2)))
@@ -218,6 +219,9 @@ def test_a_store_for_another_base_is_refused(tmp_path: Path) -> None:
     AdapterStore(tmp_path / "store", basis="0123456789abcdef").close()
     with pytest.raises(ValueError, match="expected adapters of the base feed, got those of 0123456789abcdef"):
         AdapterStore(tmp_path / "store", basis="feed")
+    AdapterStore.create(tmp_path / "unknown", stores.manifest(fingerprint="")).close()
+    with pytest.raises(ValueError, match="expected adapters of the base feed, got those of an unknown one"):
+        AdapterStore(tmp_path / "unknown", basis="feed")
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from importlib import import_module
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -318,6 +319,30 @@ def test_pinned_adapters_stay(pager, source):
     pager.unpin(["alice", "bob"])
     pager.acquire(["c", "d", "e", "f"]).release()
     assert pager.stats()["pinned"] == 0
+
+
+def test_what_is_pinned_is_held_until_then(pager, monkeypatch):
+    """Else it could be evicted between the two."""
+    table, used = pager._table, []
+    watched = SimpleNamespace(acquire=table.acquire, loaded=table.loaded, release=table.release, close=table.close)
+    watched.pin = lambda name: used.append((name, table.stats()["in_use"])) or table.pin(name)
+    monkeypatch.setattr(pager, "_table", watched)
+    pager.pin(["alice", "bob"])
+    assert used == [("alice", 2), ("bob", 2)] and table.stats()["pinned"] == 2
+
+
+def test_the_wait_for_slots_is_part_of_the_timeout(pager, monkeypatch):
+    clock, waited = iter([100.0, 103.0]), []
+    table = SimpleNamespace(
+        acquire=lambda names, versions, timeout: ([2], [], [0]),
+        wait=lambda slots, timeout: waited.append((slots, timeout)),
+        release=lambda slots: None,
+        close=lambda: None,
+    )
+    monkeypatch.setattr(pager, "_table", table)
+    monkeypatch.setattr("loraxs_ext.store.pager.time", SimpleNamespace(monotonic=lambda: next(clock)))
+    pager.acquire(["alice"], timeout=5).release()
+    assert waited == [([2], 2.0)]
 
 
 def test_close(source):

@@ -18,6 +18,7 @@ from . import stores
 BASIS = bytes(range(16))
 LAYOUT = stores.layout()
 LAYOUTS = {LAYOUT.digest: LAYOUT}
+CURRENT = encode(stores.row("alice"), stores.manifest().digest).seal(2)
 
 
 def record(dtype: torch.dtype = torch.float32, version: int = 3) -> bytes:
@@ -169,6 +170,7 @@ def test_a_damaged_record_is_reported_and_the_others_stay_readable(tmp_path: Pat
         ("retired", b"bob", bytes(8), "expected an adapter or a deleted one, got both"),
         ("history", b"alice\0" + bytes(7) + b"\2", b"short", "expected a header"),
         ("history", b"carol\0" + bytes(7) + b"\1", b"short", "expected a header"),
+        ("history", b"alice\0" + bytes(7) + b"\2", CURRENT, "expected an older version than 2, got 2"),
         ("layouts", LAYOUT.digest, None, f"expected a layout that the store has, got {LAYOUT.digest.hex()}"),
         ("layouts", LAYOUT.digest, b'[["m",1,1.0]]', "expected the digest"),
         ("layouts", LAYOUT.digest, b"[" * 100000, "layout"),
@@ -179,6 +181,38 @@ def test_the_check_finds(tmp_path: Path, database: str, key: bytes, value: bytes
     problems, store = damaged(tmp_path / "s", database, key, value)
     store.close()
     assert any(re.search(message, problem) for problem in problems), problems
+
+
+def test_a_row_of_another_layout_than_its_digest_says_is_not_read(tmp_path: Path) -> None:
+    other = RowLayout([*LAYOUT.segments[:-1], LAYOUT.segments[-1]._replace(scaling=9.0)])
+    _, store = damaged(tmp_path / "s", "layouts", LAYOUT.digest, other.to_json().encode())
+    with store, pytest.raises(DamagedRecord, match=f"expected the layout {LAYOUT.digest.hex()}"):
+        store.row("bob")
+
+
+def test_the_check_counts_what_it_sees_and_what_is_kept(tmp_path: Path) -> None:
+    with stores.create(tmp_path / "s", keep=3) as store:
+        for seed in range(3):
+            store.put_many([stores.row(f"user {i}", seed) for i in range(300)])
+        seen: list[int] = []
+        assert store.check(seen.append) == [] and sum(seen) == 300 and len(seen) > 1
+    damage(tmp_path / "s", "about", b"keep", (2).to_bytes(8, "big"))
+    with AdapterStore(tmp_path / "s") as store:
+        problems = store.check()
+        assert len(problems) == 300 and "expected at most 1 older versions, got 2" in problems[0]
+
+
+def test_room_that_nothing_takes_is_free(tmp_path: Path) -> None:
+    with stores.create(tmp_path / "s", sync=False) as store:
+        store.put_many([stores.row(f"user {i}") for i in range(400)])
+        full = store.stat()
+        for i in range(400):
+            store.delete(f"user {i}")
+        store.put(stores.row("last"))
+        left = store.stat()
+    assert full.adapters == 400 and full.free_bytes < full.nbytes / 4
+    assert full.bytes_per_adapter * 400 == pytest.approx(full.nbytes - full.free_bytes)
+    assert left.adapters == 1 and left.nbytes / 2 < left.free_bytes < left.nbytes
 
 
 @pytest.mark.parametrize(

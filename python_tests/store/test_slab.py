@@ -165,6 +165,7 @@ INT8 = make_row(SLAB, torch.int8)
         (ROW._replace(steps=INT8.steps), "expected steps for int8 only, got them for torch.float32"),
         (INT8._replace(steps=None), "expected fp32 steps of 5 modules for int8, got none"),
         (INT8._replace(steps=torch.ones(4)), r"expected fp32 steps of 5 modules for int8, got torch.float32 \(4,\)"),
+        (INT8._replace(steps=torch.ones(5).double()), r"expected fp32 steps of 5 modules for int8, got torch.float64"),
     ],
 )  # fmt: skip
 def test_rows_that_do_not_fit_leave_the_slot_alone(row, message):

@@ -7,7 +7,6 @@ import random
 import signal
 import subprocess
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
@@ -15,87 +14,7 @@ from functools import partial
 import pytest
 
 from ..ops.simt import build
-
-_C = pytest.importorskip("loraxs_ext._C", reason="the native parts are not built")
-if not hasattr(_C, "SlotTable"):
-    pytest.skip("the native parts are older than these tests", allow_module_level=True)
-
-
-class SlotTable(_C.SlotTable):
-    """Keeps the holds, so that a test can say which slots are given back, and when."""
-
-    def __init__(self, slots: int) -> None:
-        super().__init__(slots)
-        self.holds = []
-
-    def release(self, slots: list[int]) -> None:
-        hold = next(hold for hold in self.holds if hold.slots == slots)
-        self.holds.remove(hold)
-        hold.release()
-
-
-LONG = 30.0  # seconds; only a broken table takes as long
-
-
-def acquire(table, *keys: tuple[str, int], timeout: float | None = 0.0):
-    table.holds.append(table.acquire([name for name, _ in keys], [version for _, version in keys], timeout))
-    return kept(table.holds[-1])
-
-
-def kept(hold) -> tuple[list[int], list[int], list[int]]:
-    """What a hold says: the slots, and the positions of names to load and of names that others load."""
-    return hold.slots, hold.to_load, hold.loading
-
-
-def prefetch(table, names: list[str], portion: int = 9):
-    """In one portion; what is not there to be loaded has no hold."""
-    table.holds += (holds := table.prefetch(names, [1] * len(names), portion))
-    return [kept(hold) for hold in holds]
-
-
-def load(table, *keys: tuple[str, int]) -> list[int]:
-    """Acquire, and load what isn't there."""
-    slots, to_load, _ = acquire(table, *keys)
-    table.loaded([slots[i] for i in to_load], [keys[i][1] for i in to_load])
-    return slots
-
-
-def touch(table, *names: str) -> list[int]:
-    """Load and release, one after the other: the last is the most recent."""
-    slots = []
-    for name in names:
-        slots += load(table, (name, 1))
-        table.release(slots[-1:])
-    return slots
-
-
-def resident(table, *names: str, version: int = 1) -> list[str]:
-    """Which of them lie in a slot; asks in a way that evicts nothing, but makes all of them recent."""
-    found = []
-    for name in names:
-        try:
-            slots, to_load, _ = acquire(table, (name, version))
-        except TimeoutError:
-            continue
-        if to_load:
-            table.failed(slots, "only asked")
-        else:
-            found.append(name)
-        table.release(slots)
-    return found
-
-
-def until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + LONG
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.001)
-
-
-def in_thread(action: Callable[[], None]) -> threading.Thread:
-    thread = threading.Thread(target=action, daemon=True)
-    thread.start()
-    return thread
+from .tables import LONG, SlotTable, acquire, in_thread, load, load_waiting, native, resident, touch, until
 
 
 def test_an_adapter_is_loaded_once_and_found_again():
@@ -259,12 +178,6 @@ def test_first_come_first_served():
     assert table.stats()["waits"] == 3 + 3 and table.stats()["timeouts"] == 3 and table.stats()["wait_seconds"] > 0
 
 
-def load_waiting(table, keys) -> list[int]:
-    slots, to_load, _ = acquire(table, *keys, timeout=LONG)
-    table.loaded([slots[i] for i in to_load], [keys[i][1] for i in to_load])
-    return slots
-
-
 def test_who_gives_up_lets_the_next_through():
     table = SlotTable(2)
     load(table, ("a", 1))
@@ -330,58 +243,6 @@ def test_a_signal_ends_a_wait(interruptible):
     assert table.stats()["waiting"] == 0
 
 
-class TestPrefetch:
-    def test_takes_free_slots_and_cold_ones(self):
-        table = SlotTable(3)
-        touch(table, "a", "b")
-        (held,) = load(table, ("b", 1))
-        ((slots, to_load, loading),) = prefetch(table, ["b", "c", "d", "e"])
-        assert to_load == [1, 2] and loading == [] and slots[0] == slots[3] == -1  # a was evicted, b is here
-        assert held not in slots
-        table.loaded(slots[1:3], [1, 1])
-        table.release(slots)
-        assert table.stats()["prefetches"] == 2
-        # What an earlier prefetch brought stays for whom it was brought.
-        assert prefetch(table, ["f"]) == []
-        assert acquire(table, ("c", 1)) == ([slots[1]], [], [])
-        table.release([slots[1]])
-        # A request may take it.
-        assert touch(table, "f") == [slots[2]]
-
-    def test_keeps_what_is_here_already(self):
-        table = SlotTable(2)
-        slots = touch(table, "a", "b")
-        assert prefetch(table, ["a"]) == []
-        assert touch(table, "c") == [slots[1]]
-
-    def test_does_not_take_the_place_of_what_it_is_asked_for(self):
-        table = SlotTable(2)
-        slots = touch(table, "a", "b")
-        assert prefetch(table, ["c", "a"]) == [([slots[1], -1], [0], [])]
-
-    def test_does_not_overtake(self):
-        table = SlotTable(2)
-        load(table, ("a", 1))
-        thread = in_thread(lambda: load_waiting(table, [("b", 1), ("c", 1)]))
-        until(lambda: table.stats()["waiting"] == 1)
-        assert prefetch(table, ["d"]) == []
-        table.release([0])
-        thread.join(LONG)
-
-    def test_of_the_same_name_twice_loads_once(self):
-        table = SlotTable(2)
-        ((_, to_load, _),) = prefetch(table, ["a", "a"])
-        assert to_load == [0]
-
-    def test_in_portions(self):
-        table = SlotTable(5)
-        touch(table, "b")
-        first, second = prefetch(table, list("abcde"), portion=3)
-        assert [to_load for _, to_load, _ in (first, second)] == [[0, 2, 3], [4]]
-        assert sorted(slot for slots, _, _ in (first, second) for slot in slots if slot >= 0) == [1, 2, 3, 4]
-        assert all((slots[i] >= 0) == (i in to_load) for slots, to_load, _ in (first, second) for i in range(5))
-
-
 class TestHold:
     def test_one_that_nobody_has_is_given_back(self):
         table = SlotTable(1)
@@ -415,7 +276,7 @@ class TestHold:
             table.wait(slots)
 
     def test_outlives_its_table(self):
-        table = _C.SlotTable(1)
+        table = native.SlotTable(1)
         hold = table.acquire(["a"], [1])
         del table
         assert hold.slots == [0]

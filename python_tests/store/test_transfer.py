@@ -74,6 +74,12 @@ def holds(pager: Pager, lease: Lease, names: list[str]) -> bool:
     )
 
 
+def test_the_first_copy_waits_for_the_zeros_of_the_slab(monkeypatch):
+    streams.install(monkeypatch)
+    zeros = STREAMS["compute"].step()
+    assert reached(transfer.Streamed(Slab(LAYOUT, 1))._stream.known, zeros)
+
+
 def test_rows_arrive_through_staging(pager):
     names = list("abcd")  # more than one buffer holds
     with pager.acquire(names) as lease:
@@ -125,6 +131,39 @@ def test_the_host_waits_for_nothing_but_staging(pager):
     with pager.acquire(["a", "b"]) as lease:
         pager._transfer.read(lease)
     assert not streams.HOST.known
+
+
+def test_the_end_waits_for_all_copies(pager):
+    pager.acquire(["a"]).release()
+    assert not streams.HOST.known
+    pager.close()
+    assert reached(streams.HOST.known, pager._transfer._stream.known)
+
+
+def test_a_use_is_noted_before_its_end_is_recorded_and_before_the_slot_is_given_back(pager, monkeypatch):
+    """Else another thread could fill the slot, or take an end that lies before this one for the last."""
+    lease = pager.acquire(["a"])
+    seen, record = [], Event.record
+    used = pager._transfer._used[lease.slots[0]]
+
+    def watched(event, stream):
+        seen.append(event in used.values() and pager.stats()["in_use"] == 1)
+        record(event, stream)
+
+    monkeypatch.setattr(Event, "record", watched)
+    lease.release()
+    assert seen == [True] and pager.stats()["in_use"] == 0
+
+
+def test_no_staging_buffer_is_lost_by_an_interrupt(pager):
+    def interrupt(name: str) -> None:
+        raise KeyboardInterrupt
+
+    pager.source.before_row = interrupt
+    for _ in range(transfer._STAGING_BUFFERS + 1):
+        assert pager._transfer._idle.qsize() == transfer._STAGING_BUFFERS
+        with pytest.raises(KeyboardInterrupt):
+            pager.acquire(["a"])
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -19,8 +19,8 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
-# First parts of paths that need a key; the others are the page and what tells whether the server is well.
-_FOR_CLIENTS = {"v1", "api", "metrics"}
+# First parts of paths that need no key: the page, and what tells whether the server is well. All others do.
+_FOR_ALL = {"", "page", "health", "ready"}
 _FOR_ADMINISTRATORS = {"admin"}
 # A client that is still sending would not read the answer, so up to this many times the limit is thrown away before it.
 # For so many seconds at most, and so many without anything.
@@ -62,6 +62,7 @@ class Guard:
         try:
             try:
                 self._check_key(scope["path"], headers.get(b"authorization"))
+                _check_path(scope["path"])
                 body.expect(headers.get(b"content-length"))
             except ApiError as error:
                 if error.status == 413:
@@ -87,10 +88,10 @@ class Guard:
             if not service.admin_keys:
                 raise ApiError(403, "this server was started without a key for its administrator", code="no_admin")
             keys = service.admin_keys
-        elif first in _FOR_CLIENTS and service.api_keys:
-            keys = service.api_keys
-        else:
+        elif first in _FOR_ALL or not service.api_keys:
             return
+        else:
+            keys = service.api_keys
         if not keys.accept(authorization):
             raise ApiError(
                 401,
@@ -146,6 +147,12 @@ class _Body:
 def answer(error: ApiError) -> JSONResponse:
     """The response that an error is."""
     return JSONResponse(error.body(), error.status, error.headers)
+
+
+def _check_path(path: str) -> None:
+    # Starlette takes a path with a line break at its end for the one without, and an adapter's name ends there.
+    if "\n" in path:
+        raise ApiError(404, "there is no such route: the path has a line break")
 
 
 def _first(path: str) -> str:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import signal
 import socket
+from functools import partial
 from types import FrameType
+from typing import Any
 
 import uvicorn
 
 from .api import create_app
+from .connection import Connection
 from .logs import log
 from .service import Service
 
@@ -24,13 +27,13 @@ class Server(uvicorn.Server):
 
     def __init__(self, service: Service, host: str, port: int, grace: int) -> None:
         self._service = service
+        connection: Any = partial(Connection, seconds=service.limits.body_seconds)
         config = uvicorn.Config(
             create_app(service),
             host=host,
             port=port,
             lifespan="on",
-            # Not whatever else happens to be installed.
-            http="h11",
+            http=connection,
             ws="none",
             # Its access log has queries in it; ours is the guard's.
             access_log=False,

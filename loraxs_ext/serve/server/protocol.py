@@ -29,6 +29,12 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "modalities": (["text"],),
     "suffix": ("",),
 }
+# Fields that may be one of several things, where pydantic would only speak of one.
+_EITHER = {
+    "prompt": "expected a text, tokens, or a list of either",
+    "stop": "expected a text or a list of texts",
+    "content": "expected a text or a list of parts",
+}
 _STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 Text = Annotated[str, Field(max_length=1 << 30)]
@@ -153,12 +159,21 @@ def parse(kind: type[Body], body: bytes) -> Body:
     except ValidationError as reason:
         # What came is left out: it may be a prompt.
         first = reason.errors(include_url=False, include_input=False, include_context=False)[0]
-        field = ".".join(ascii(part)[1:-1][:80] if isinstance(part, str) else str(part) for part in first["loc"])
+        place = _place(first["loc"])
+        field = ".".join(ascii(part)[1:-1][:80] if isinstance(part, str) else str(part) for part in place)
         if first["type"] == "extra_forbidden":
             message = f"{field}: this server does not support it"
+        elif len(place) < len(first["loc"]):
+            message = f"{field}: {_EITHER[str(place[-1])]}"
         else:
             message = f"{field}: {first['msg']}" if field else first["msg"].removeprefix("Value error, ")
         raise ApiError(422, message, param=field or None, code="invalid_value") from None
+
+
+def _place(location: Sequence[int | str]) -> Sequence[int | str]:
+    """Where an error is, without what pydantic calls the alternatives of a field that may be several things."""
+    ends = (i + 1 for i, part in enumerate(location) if part in _EITHER)
+    return location[: next(ends, None)]
 
 
 def _same(value: Any, neutral: Any) -> bool:
