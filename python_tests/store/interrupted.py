@@ -44,9 +44,15 @@ def interrupted(action: Callable[[], object], seconds: float) -> bool:
             action()
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
+            # One that came just now is heard at the next call of a Python function, and not later.
+            nothing()
     except KeyboardInterrupt:
         return True
     return False
+
+
+def nothing() -> None:
+    pass
 
 
 def check(pager: Pager, round_: int) -> None:

@@ -324,7 +324,7 @@ def test_pinned_adapters_stay(pager, source):
 def test_what_is_pinned_is_held_until_then(pager, monkeypatch):
     """Else it could be evicted between the two."""
     table, used = pager._table, []
-    watched = SimpleNamespace(acquire=table.acquire, loaded=table.loaded, release=table.release, close=table.close)
+    watched = SimpleNamespace(acquire=table.acquire, loaded=table.loaded, close=table.close)
     watched.pin = lambda name: used.append((name, table.stats()["in_use"])) or table.pin(name)
     monkeypatch.setattr(pager, "_table", watched)
     pager.pin(["alice", "bob"])
@@ -333,10 +333,10 @@ def test_what_is_pinned_is_held_until_then(pager, monkeypatch):
 
 def test_the_wait_for_slots_is_part_of_the_timeout(pager, monkeypatch):
     clock, waited = iter([100.0, 103.0]), []
+    hold = SimpleNamespace(slots=[2], to_load=[], loading=[0], held=True, release=lambda *reason: None)
     table = SimpleNamespace(
-        acquire=lambda names, versions, timeout: ([2], [], [0]),
+        acquire=lambda names, versions, timeout: hold,
         wait=lambda slots, timeout: waited.append((slots, timeout)),
-        release=lambda slots: None,
         close=lambda: None,
     )
     monkeypatch.setattr(pager, "_table", table)
