@@ -4,7 +4,7 @@
 // others has driven the half a dozen tensor objects of this one out of the caches; here it is one record.
 #include <torch/csrc/stable/ops.h>
 
-#include <map>
+#include <deque>
 #include <memory>
 #include <mutex>
 #include <shared_mutex>
@@ -27,7 +27,7 @@ class Prepared {
 
   int64_t K = 0, S = 0;
   ScalarType dtype{};
-  std::vector<Tensor> kept;  // what the addresses point into, weights first
+  std::vector<Tensor> kept;  // what the addresses point into
 };
 
 template <class T, class P>
@@ -49,29 +49,33 @@ class PreparedFor final : public Prepared {
   std::vector<cpu::FusedLayer<T, P>> layers;
 };
 
-// What is prepared, by number.
+// What is prepared, by number. Numbers are not given twice.
 class Registry {
  public:
   int64_t add(std::shared_ptr<const Prepared> prepared) {
     const std::unique_lock lock(mutex_);
-    records_.emplace(++last_, std::move(prepared));
-    return last_;
+    while (!records_.empty() && records_.front() == nullptr) records_.pop_front(), ++first_;
+    records_.push_back(std::move(prepared));
+    return first_ + int64_t(records_.size()) - 1;
   }
   void remove(int64_t id) {
     const std::unique_lock lock(mutex_);
-    records_.erase(id);
+    if (has(id)) records_[size_t(id - first_)] = nullptr;
   }
   std::shared_ptr<const Prepared> find(int64_t id) {
     const std::shared_lock lock(mutex_);
-    const auto found = records_.find(id);
-    if (found == records_.end()) fail("_run_prepared", "id", "one of _prepare", std::to_string(id));
-    return found->second;
+    if (!has(id)) fail("_run_prepared", "id", "one of _prepare", std::to_string(id));
+    return records_[size_t(id - first_)];
   }
 
  private:
+  bool has(int64_t id) const {
+    return id >= first_ && id < first_ + int64_t(records_.size()) && records_[size_t(id - first_)] != nullptr;
+  }
+
   std::shared_mutex mutex_;
-  std::map<int64_t, std::shared_ptr<const Prepared>> records_;
-  int64_t last_ = 0;
+  std::deque<std::shared_ptr<const Prepared>> records_;  // neighbours are called one after the other
+  int64_t first_ = 1;
 };
 
 Registry& registry() {
@@ -146,7 +150,7 @@ std::vector<Tensor> run_prepared(const Tensor& x, const Tensor& slots, int64_t i
   g.rows("x", x, g.K);
   if (g.dtype != prepared->dtype) fail("_run_prepared", "x", "the dtype of the weights", "another");
   const int32_t* s = g.slots(slots);
-  if (!is_one_product(x, prepared->kept.front())) return {};
+  if ((x.dim() != 2 && x.dim() != 3) || !x.is_contiguous()) return {};
   return prepared->run(g, x, s);
 }
 

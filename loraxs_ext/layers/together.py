@@ -12,7 +12,8 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, is_autocast_enabled, is_grad_enabled, nn
+from torch.jit import is_tracing
 
 from loraxs_ext import ops
 
@@ -25,11 +26,11 @@ FEW_TOKENS = 32
 
 
 class _Turn(NamedTuple):
-    """One x, and y of the layers that have not been called with it yet, by their places in the group."""
+    """One x, and y of the layers by their places in the group, None where it was taken."""
 
     x: Tensor
     version: int
-    left: dict[int, Tensor]
+    ys: list[Tensor | None]
 
 
 # Prepared calls by the addresses they are for, which they keep from being used for anything else.
@@ -101,34 +102,33 @@ class _Group:
         """y [..., N] of the layer at `place` for x [..., K]."""
         turn = self._turn
         # It was no inference tensor, which has no version.
-        if turn is not None and turn.x is x and turn.version == x._version:
-            y = turn.left.pop(place, None)
-            if not turn.left:
-                self._turn = None
+        if turn is not None and turn[0] is x and turn[1] == x._version:
+            ys = turn[2]
+            y, ys[place] = ys[place], None
             if y is not None:
                 return y
         return self._begin(place, x)
 
     def _begin(self, place: int, x: Tensor) -> Tensor:
-        turn, prepared = self._turn, self._prepared
-        self._turn = None
-        if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.jit.is_tracing():
+        if is_grad_enabled() or is_autocast_enabled("cpu") or is_tracing():
             # The weight may be trained by now, x may be cast, or somebody wants to see ops.
             layer = self._layers[place]
             return layer.run(x, layer.paths(x), (), {})
-        if turn is not None and turn.left:
-            self._split([self._layers[other] for other in turn.left])
-            return self._layers[place].forward(x)
+        prepared, alone = self._prepared, len(self._layers) == 1
+        if not alone and self._turn is not None:
+            turn, self._turn = self._turn, None
+            left = [layer for layer, y in zip(self._layers, turn.ys, strict=True) if y is not None]
+            if left:
+                self._split(left)
+                return self._layers[place].forward(x)
         slots = self._rows.per_token(x)
-        alone = len(self._layers) == 1
         if prepared is not None and (alone or (slots.shape[0] <= FEW_TOKENS and not x.is_inference())):
-            ys = prepared(x, slots)
+            ys: list[Any] = prepared(x, slots)
             if ys:
                 y = ys[place]
                 if not alone:
-                    left = dict(enumerate(ys))
-                    del left[place]
-                    self._turn = _Turn(x, x._version, left)
+                    ys[place] = None
+                    self._turn = _Turn(x, x._version, ys)
                 return y
         weight, bias, a, b, pages, _, scale = self._sites[place]
         return ops.linear(x, weight, bias, a, b, pages, slots, scale)

@@ -27,6 +27,8 @@ class PreparedLayers:
     followed. `prepare` makes one.
     """
 
+    __slots__ = ("__weakref__", "_id")
+
     def __init__(self, identity: int) -> None:
         self._id = identity
         weakref.finalize(self, torch.ops.loraxs._forget.default, identity).atexit = False
