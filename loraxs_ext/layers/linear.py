@@ -13,6 +13,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from peft.utils import quantization_extra_repr
 from torch import Tensor, nn
 from torch.compiler import is_compiling
+from torch.nn.modules.module import _has_any_global_hook as has_global_hooks
 
 from loraxs_ext import ops
 
@@ -48,14 +49,27 @@ class LoraXSLinear(LoraXSLayer):
         self._active_adapter = adapter
         self.update_layer(adapter, **options)
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """`forward` between the hooks; at once what serving prepared, where nobody looks on."""
+        # A compiler must not even look at `fused`, which is another in every batch.
+        if (
+            is_compiling()
+            or (fused := self.fused) is None
+            or kwargs
+            or len(args) != 1
+            or self._forward_hooks
+            or self._forward_pre_hooks
+            or self._backward_hooks
+            or self._backward_pre_hooks
+            or has_global_hooks()
+        ):
+            return super().__call__(*args, **kwargs)
+        return fused(args[0])
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """y [..., N] for x [..., K]; further arguments go to the base layer."""
         # Here and in what this calls, parts are taken from the dictionaries of nn.Module: its attribute look-up costs
         # about as much as the low-rank arithmetic of one token, and a decoder asks hundreds of layers for every token.
-        if not (args or kwargs or is_compiling()):
-            fused = self.fused
-            if fused is not None:
-                return fused(x)
         if self.is_bare():
             return self.base_layer(x, *args, **kwargs)
         magnitudes: Any = self._modules["loraxs_magnitude"]

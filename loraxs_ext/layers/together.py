@@ -120,7 +120,7 @@ class _Group:
             left = [layer for layer, y in zip(self._layers, turn.ys, strict=True) if y is not None]
             if left:
                 self._split(left)
-                return self._layers[place].forward(x)
+                return self._layers[place](x)
         slots = self._rows.per_token(x)
         if prepared is not None and (alone or (slots.shape[0] <= FEW_TOKENS and not x.is_inference())):
             ys: list[Any] = prepared(x, slots)

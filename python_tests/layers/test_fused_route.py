@@ -62,6 +62,19 @@ def test_what_changes_meanwhile_counts(route: Route):
             assert torch.equal(layer(x), layer.base_layer(x))
 
 
+@torch.no_grad()
+def test_hooks_that_come_meanwhile_are_called(route: Route):
+    layer, x = layer_of(), torch.randn(3, 12)
+    fuse({layer: route})
+    with following({layer: route}):
+        plain = layer(x)
+        for register in (layer.register_forward_hook, nn.modules.module.register_module_forward_hook):
+            handle = register(lambda module, args, y: 2 * y if module is layer else None)
+            torch.testing.assert_close(layer(x), 2 * plain)
+            handle.remove()
+        assert torch.equal(layer(x), plain)
+
+
 def hooked() -> LoraXSLinear:
     layer = layer_of()
     layer.base_layer.register_forward_hook(lambda module, args, y: 2 * y)
