@@ -144,7 +144,7 @@ def measure(plan: Plan, folder: Path, *, smoke: bool) -> dict[str, Any]:
             counts += check(mixed, right, lambda one, who=administrator: who.allowed(one.adapter, one.start, one.end))
             counts += Counter(administrator.counts)
             sides["adapters"].append(figures(mixed))
-        result["rounds"] = sides
+        result["rows"] = [{"side": side, **row} for side, rows in sides.items() for row in rows]
         result["changes_and_answers"] = dict(counts)
         for what in ("tokens_per_second", "latency_p50", "latency_p99"):
             ratios = [a[what] / b[what] for a, b in zip(sides["adapters"], sides["base model"], strict=True)]
