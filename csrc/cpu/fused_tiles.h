@@ -222,7 +222,7 @@ inline void product_tiles(const Product<bf16>& g) {
   }
 }
 
-constexpr Fused<bf16> fused_tiles{kBlock, tile_depth, rank_tile_depth, pack_tiles, pack_rank_tiles, product_tiles};
+constexpr Fused<bf16> fused_tiles{kBlock, tile_depth, rank_tile_depth, 0, pack_tiles, pack_rank_tiles, product_tiles};
 
 }  // namespace
 }  // namespace loraxs::cpu

@@ -166,6 +166,7 @@ struct Product {
   T* y;      // [M, N], or null:
   float* p;  // the same numbers unrounded
   int64_t ldy;
+  bool more = false;  // the sum goes on from what is there; only where Fused::piece allows it
 };
 
 // The base product fused with the low-rank part, at the levels where that beats torch's own product.
@@ -173,6 +174,7 @@ template <class T>
 struct Fused {
   int64_t tokens;                                       // of a panel at most: what is packed together
   int64_t (*depth)(int64_t K), (*rank_depth)(int64_t);  // elements that a token takes in its panels
+  int64_t piece;                                        // a sum may stop after a multiple of these; 0: it may not
   void (*pack)(const Pack<T, T>&);
   void (*pack_ranks)(const Pack<T, float>&);
   void (*product)(const Product<T>&);
