@@ -42,6 +42,7 @@ class Call {
       : g_(layer.g),
         weight_(layer.weight),
         bias_(layer.bias),
+        transposed_(layer.transposed),
         k_(k),
         depth_(k.depth(g_.K)),
         rank_depth_(k.rank_depth(g_.r)) {}
@@ -74,7 +75,7 @@ class Call {
   }
 
  private:
-  bool dots() const { return std::is_same_v<T, float> && g_.M <= kDotTokens; }
+  bool dots() const { return std::is_same_v<T, float> && g_.M <= kDotTokens && !transposed_; }
   int64_t blocks() const { return (g_.N + kColumnGrain - 1) / kColumnGrain; }
 
   struct Panels {
@@ -188,23 +189,25 @@ class Call {
     T* x = panels.x + at * k_.depth(part.size);
     k_.pack({g_.x + m * g_.K + part.from, g_.K, count, part.size, panels.tokens, x});
     k_.product({x, panels.tokens, g_.a + part.from, g_.K, count, part.size, 0, g_.r, nullptr, nullptr, nullptr, 0, 0,
-                nullptr, p, g_.r, part.from > 0});
+                nullptr, p, g_.r, false, part.from > 0});
     if (part.from + part.size < g_.K) return;
     paged.rotate(
-        {p, g_.pages, g_.page_stride, g_.slots ? g_.slots + m : nullptr, q, count, g_.r, float(g_.scale), false});
+        {p, g_.pages, g_.page_stride, g_.slots ? g_.slots + m : nullptr, q, count, g_.r, float(g_.scale), transposed_});
     k_.pack_ranks({q, g_.r, count, g_.r, panels.tokens, panels.q + at * rank_depth_});
   }
 
   void multiply(int64_t m, int64_t count, const Panels& panels, const Part& part, int64_t b0,
                 int64_t b1) const {
     const bool last = part.from + part.size == g_.K;
-    k_.product({panels.x, panels.tokens, weight_ + part.from, g_.K, count, part.size, b0 * kColumnGrain,
-                std::min(b1 * kColumnGrain, g_.N), last ? bias_ : nullptr, last ? panels.q : nullptr, g_.bt, g_.N,
-                g_.r, g_.out + m * g_.N, nullptr, g_.N, part.from > 0});
+    k_.product({panels.x, panels.tokens, weight_ + part.from * (transposed_ ? g_.N : 1), transposed_ ? g_.N : g_.K, count,
+                part.size, b0 * kColumnGrain, std::min(b1 * kColumnGrain, g_.N), last ? bias_ : nullptr,
+                last ? panels.q : nullptr, g_.bt, g_.N, g_.r, g_.out + m * g_.N, nullptr, g_.N, transposed_,
+                part.from > 0});
   }
 
   const Forward<T, P>& g_;
   const T *weight_, *bias_;
+  const bool transposed_;
   const Fused<T>& k_;
   const int64_t depth_, rank_depth_;
 };

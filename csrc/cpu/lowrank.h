@@ -76,10 +76,23 @@ struct Outer {
   P* d;
 };
 
+// out[m, n] = sum_k x[m, k] w[k, n] + sum_i q[m, i] b[i, n], rounded once, for at most kFewRows rows of x; w and b are
+// contiguous along n, and w is read once where it lies.
+constexpr int64_t kFewRows = 12;
+template <class T>
+struct Across {
+  const T *x, *w;
+  const acc_t<T>* q;
+  const T* b;
+  T* out;
+  int64_t ldx, ldw, ldq, ldb, ldo, M, K, N, r;
+};
+
 template <class T>
 struct Dense {
   void (*project)(const Project<T>&);
   void (*expand)(const Expand<T>&);
+  void (*across)(const Across<T>&);
 };
 template <class A, class P>
 struct Paged {
@@ -152,12 +165,12 @@ struct Pack {
   T* panel;
 };
 
-// y[m, n] = x[m] . w[n] + bias[n] + q[m] . b[:, n] for n in [n0, n1): one pass over the rows of w, where they lie.
+// y[m, n] = x[m] . w[n] + bias[n] + q[m] . b[:, n] for n in [n0, n1): one pass over w, where it lies.
 template <class T>
 struct Product {
   const T* x;      // packed tokens
   int64_t tokens;  // of a panel
-  const T* w;      // [N, K], contiguous along K
+  const T* w;      // [N, K], contiguous along K; or, if `across`, [K, N], contiguous along N: bf16 only
   int64_t ldw, M, K, n0, n1;
   const T* bias;  // null: none
   const T* q;     // packed rows of q, or null: no low-rank part
@@ -166,6 +179,7 @@ struct Product {
   T* y;      // [M, N], or null:
   float* p;  // the same numbers unrounded
   int64_t ldy;
+  bool across = false;
   bool more = false;  // the sum goes on from what is there; only where Fused::piece allows it
 };
 
