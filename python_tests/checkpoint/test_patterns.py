@@ -10,15 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from peft.utils.other import get_pattern_key
 
 from loraxs_ext.checkpoint.lora_folder import read_lora
 from loraxs_ext.checkpoint.packing import manifest_of
 from loraxs_ext.checkpoint.patterns import check_patterns
 
-from ..peft.models import CASES
-from .folders import Folders, save
+from .folders import Folders
 from .test_packing import another, rewrite
 
 # Of the names of modules, this one tries every cut.
@@ -38,15 +36,6 @@ def hard_timeout() -> Iterator[None]:
     yield
     signal.alarm(0)
     signal.signal(signal.SIGALRM, before)
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Folders:
-    path = tmp_path_factory.mktemp("made")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LORAXS_CACHE", str(path / "cache"))
-        torch.manual_seed(0)
-        return save(CASES["llama"], path)
 
 
 def in_field(field: str, pattern: str) -> dict[str, Any]:
