@@ -194,8 +194,8 @@ class LoraXSModel(BaseTuner):
         """
         if any(layer.route is not None and adapter_name in layer.route.names for layer in _layers(self.model)):
             raise RuntimeError(
-                f"adapter_name: expected an adapter that no open adapters() context serves, got {adapter_name!r}; leave "
-                f"the context before you delete it"
+                f"adapter_name: expected an adapter that no open adapters() context serves, got {adapter_name!r}; "
+                f"leave the context before you delete it"
             )
         super().delete_adapter(adapter_name)
 
