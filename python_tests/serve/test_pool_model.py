@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import copy
-import io
-import pickle
 
 import pytest
 import torch
@@ -15,6 +12,7 @@ import loraxs_ext
 from loraxs_ext.serve import AdapterPool
 from loraxs_ext.serve.pool import pool_of
 
+from ..copies import COPIERS
 from ..peft.models import CASES, logits
 from .scenes import NAMES, Scene
 
@@ -53,20 +51,9 @@ def test_a_peft_model_is_saved_without_its_pool(llama: Scene, tmp_path):
         assert found and not any("pool" in name for name in found)
 
 
-def pickled(model):
-    return pickle.loads(pickle.dumps(model))
-
-
-def saved(model):
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
-@pytest.mark.parametrize("copied", [copy.deepcopy, pickled, saved])
-def test_a_copy_is_the_base_model(llama: Scene, copied):
-    twin = copied(llama.model)
+@pytest.mark.parametrize("copier", COPIERS)
+def test_a_copy_is_the_base_model(llama: Scene, copier):
+    twin = copier(llama.model)
     assert torch.equal(logits(twin, INPUTS), logits(llama.base, INPUTS))
     assert pool_of(twin) is None and twin.state_dict().keys() == llama.base.state_dict().keys()
     with pytest.raises(ValueError, match="non-existing adapter"), loraxs_ext.adapters(twin, NAMES):
@@ -74,14 +61,14 @@ def test_a_copy_is_the_base_model(llama: Scene, copied):
     assert torch.equal(served(llama.model), served(llama.model))
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, pickled, saved])
-def test_a_copy_from_inside_of_a_context_is_refused(llama: Scene, copied):
+@pytest.mark.parametrize("copier", COPIERS)
+def test_a_copy_from_inside_of_a_context_is_refused(llama: Scene, copier):
     """With a pool, and in a PEFT model without one."""
     for model in (llama.model, llama.oracle):
         with loraxs_ext.adapters(model, NAMES):
             with pytest.raises(RuntimeError, match="^model: expected to be copied or saved outside of adapters()"):
-                copied(model)
-        assert torch.equal(served(copied(llama.oracle)), served(llama.oracle))
+                copier(model)
+        assert torch.equal(served(copier(llama.oracle)), served(llama.oracle))
 
 
 @pytest.mark.parametrize(
