@@ -54,9 +54,9 @@ std::tuple<Tensor, Tensor> linear_backward(const Tensor& dy, const MaybeTensor& 
     using P = typename decltype(types)::Page;
     cpu::backward<T, P>({g.M.size, g.K.size, g.N.size, g.r.size, g.S.size, data<T>(rows), data<T>(a_rows), data<T>(bt),
                          data<P>(page_rows), page_rows.stride(0), s, data<cpu::acc_t<T>>(p_rows),
-                         one_pass ? data<T>(*weight) : nullptr,
-                         need_dx && weight && !one_pass ? data<T>(dx) : nullptr, need_dx ? mutable_data<T>(dx) : nullptr,
-                         need_dpages ? mutable_data<P>(dpages) : nullptr, scale, g.mask(), g.keep_scale});
+                         one_pass ? data<T>(*weight) : nullptr, need_dx && weight && !one_pass ? data<T>(dx) : nullptr,
+                         need_dx ? mutable_data<T>(dx) : nullptr, need_dpages ? mutable_data<P>(dpages) : nullptr,
+                         scale, g.mask(), g.keep_scale});
   });
   return {dx, dpages};
 }
