@@ -99,8 +99,9 @@ auto expander(const T* in, T* out, const acc_t<T>* q, const T* b, int64_t M, int
 constexpr int64_t kManySlots = 32;
 
 // More than kFewRows rows go by matrix tiles, in bf16, while W is small: they want columns of W, and those of a large
-// one are too far apart.
-constexpr int64_t kTileWeight = 1 << 19, kTileRank = 256;
+// one are too far apart. For very many rows torch's own product is as good or better (Sapphire Rapids, widths 384 to
+// 2048).
+constexpr int64_t kTileWeight = 3 << 18, kTileRows = 1024, kTileRank = 256;
 
 // dx in one pass over the weight and dq, for a few rows. Every thread projects all rows for itself: that costs less
 // than to wait for each other once more.
@@ -181,7 +182,7 @@ template <class T>
 bool has_one_pass(int64_t M, int64_t N, int64_t K, int64_t r) {
   if (M <= kFewRows) return true;
   const Fused<bf16>& k = kernels();
-  return std::is_same_v<T, bf16> && k.product != nullptr && N * K <= kTileWeight && r <= kTileRank;
+  return std::is_same_v<T, bf16> && k.product != nullptr && M <= kTileRows && N * K <= kTileWeight && r <= kTileRank;
 }
 
 template <class T, class P>
