@@ -22,9 +22,9 @@ struct Forward {
 template <class T, class P>
 void forward(const Forward<T, P>&);
 
-// Whether this CPU has a fused product for rank r; there is none with dropout.
+// Whether this CPU has a fused product for M tokens and rank r that beats torch's own; there is none with dropout.
 template <class T>
-bool has_fused(int64_t r);
+bool has_fused(int64_t M, int64_t r);
 
 // out = x weightᵀ + bias + the same low-rank part, in one pass over the weight; `in` is not read, `p` may be null.
 template <class T, class P>

@@ -23,6 +23,9 @@ constexpr int64_t kColumnGrain = 32, kTokenGrain = 16, kMaxTokens = 512, kMaxRan
 // tokens to the next.
 constexpr int64_t kDotTokens = 12, kDotGrain = 16, kStrip = 64;
 
+// From here on torch's own product in fp32 reaches the peak of a core, and ours 93 % of it.
+constexpr int64_t kPeakTokens = 2048;
+
 // p is shared out in so many ranks at once: what one token's registers hold.
 constexpr int64_t kRankShare = 8;
 
@@ -245,9 +248,9 @@ class Call {
 }  // namespace
 
 template <class T>
-bool has_fused(int64_t r) {
+bool has_fused(int64_t M, int64_t r) {
   const Fused<T>& k = kernels();
-  return k.product != nullptr && r <= kMaxRank;
+  return k.product != nullptr && r <= kMaxRank && (sizeof(T) == 2 || M < kPeakTokens);
 }
 
 template <class T, class P>
@@ -293,8 +296,8 @@ void fused(const FusedLayer<T, P>* layers, int64_t count) {
   threads > 1 ? parallel_for(pieces, task) : task(0, pieces);
 }
 
-template bool has_fused<float>(int64_t);
-template bool has_fused<bf16>(int64_t);
+template bool has_fused<float>(int64_t, int64_t);
+template bool has_fused<bf16>(int64_t, int64_t);
 template void fused<float, float>(const FusedLayer<float, float>*, int64_t);
 template void fused<bf16, bf16>(const FusedLayer<bf16, bf16>*, int64_t);
 template void fused<bf16, float>(const FusedLayer<bf16, float>*, int64_t);

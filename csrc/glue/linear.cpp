@@ -13,8 +13,8 @@ namespace {
 
 bool is_fused(const Problem& g, const Tensor& x, const Tensor& weight) {
   if (g.empty() || g.mask() != nullptr || !is_one_product(x, weight)) return false;
-  if (g.dtype == ScalarType::Float) return cpu::has_fused<float>(g.r.size);
-  return g.dtype == ScalarType::BFloat16 && cpu::has_fused<cpu::bf16>(g.r.size);
+  if (g.dtype == ScalarType::Float) return cpu::has_fused<float>(g.M.size, g.r.size);
+  return g.dtype == ScalarType::BFloat16 && cpu::has_fused<cpu::bf16>(g.M.size, g.r.size);
 }
 
 // One pass over the weight; p may be null.

@@ -39,7 +39,7 @@ class PreparedFor final : public Prepared {
     ys.reserve(calls.size());
     for (cpu::FusedLayer<T, P>& layer : calls) {
       auto& call = layer.g;
-      if (!cpu::has_fused<T>(call.r)) return {};
+      if (!cpu::has_fused<T>(g.M.size, call.r)) return {};
       ys.push_back(empty_rows(x, call.N, dtype));
       call.M = g.M.size, call.x = data<T>(x), call.slots = slots, call.out = mutable_data<T>(ys.back());
     }
@@ -125,7 +125,7 @@ int64_t prepare(const std::vector<Tensor>& weight, const std::vector<Tensor>& bi
       using P = typename decltype(types)::Page;
       if constexpr (std::is_same_v<T, float> || std::is_same_v<T, cpu::bf16>) {
         for (const Problem& g : problems)
-          if (!cpu::has_fused<T>(g.r.size)) return;
+          if (!cpu::has_fused<T>(1, g.r.size)) return;
         auto prepared = std::make_shared<PreparedFor<T, P>>();
         prepared->K = problems[0].K.size, prepared->S = problems[0].S.size, prepared->dtype = problems[0].dtype;
         for (const auto* list : {&weight, &bias, &a, &b, &pages})
