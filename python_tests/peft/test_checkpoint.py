@@ -202,21 +202,6 @@ def test_settling_at_the_first_forward_pass_is_exact_and_leaves_trainable_tensor
     train(model, llama)
 
 
-def test_hotswap_takes_over_the_scaling(llama: Case, tmp_path):
-    other = llama.model(lora_alpha=20, init_seed=3)
-    other.save_pretrained(tmp_path)
-    model = llama.model()
-    hotswap_adapter(model, str(tmp_path), "default", torch_device="cpu")
-    assert torch.equal(logits(model, llama.inputs()), logits(other, llama.inputs()))
-
-
-@pytest.mark.parametrize("change", [{"use_rslora": True}, {"sigma": "B"}, {"loraxs_dropout": 0.1}], ids=str)
-def test_hotswap_refuses_what_it_cannot_exchange(llama: Case, change, tmp_path):
-    llama.model(**change).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="Configs are incompatible"):
-        hotswap_adapter(llama.model(), str(tmp_path), "default", torch_device="cpu")
-
-
 # The file
 
 
