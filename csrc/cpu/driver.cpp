@@ -95,6 +95,41 @@ auto expander(const T* in, T* out, const acc_t<T>* q, const T* b, int64_t M, int
   };
 }
 
+// More than kFewRows rows go by matrix tiles, in bf16, while W is small: they want columns of W, and those of a large one
+// are too far apart.
+constexpr int64_t kTileWeight = 1 << 19, kTileRank = 256;
+
+// dx in one pass over the weight and dq, for a few rows. Every thread projects all rows for itself: that costs less than
+// to wait for each other once more.
+template <class T, class P>
+void few_rows(const Backward<T, P>& g, acc_t<T>* dq) {
+  using A = acc_t<T>;
+  const Dense<T>& dense = table<T>();
+  const Paged<A, P>& paged = table<T>();
+  const auto columns = [&](int64_t k0, int64_t k1) {
+    Scratch<A> own(k0 == 0 ? 0 : g.M * g.r), rotated(g.M * g.r);
+    A *q = k0 == 0 ? dq : own.get(), *dp = rotated.get();
+    dense.project({g.dy, g.bt, q, g.N, g.N, g.r, g.M, g.N, g.r, A(g.scale), nullptr, 0, wide_enough(g.M, g.r)});
+    paged.rotate({q, g.pages, g.page_stride, g.slots, dp, g.M, g.r, A(1), true});
+    dense.across({g.dy, g.weight + k0, dp, g.a + k0, g.dx + k0, g.N, g.K, g.r, g.K, g.K, g.M, g.N, k1 - k0, g.r});
+  };
+  g.M * g.N * g.K < kInlineWork / 8 ? columns(0, g.K) : in_grains(g.K, kColumnGrain, columns);
+}
+
+// The same for many rows: the layer's own product, with the weight and every R transposed.
+template <class T, class P>
+void many_rows(const Backward<T, P>& g, acc_t<T>* dq) {
+  if constexpr (std::is_same_v<T, bf16>) {
+    const FusedLayer<T, P> layer{{g.M, g.N, g.K, g.r, g.dy, g.bt, g.a, g.pages, g.page_stride, g.slots, nullptr, g.dx,
+                                  dq, g.scale, nullptr, 1.0},
+                                 g.weight,
+                                 nullptr,
+                                 true};
+    fused(&layer, 1);
+    for (int64_t i = 0; i < g.M * g.r; ++i) dq[i] *= acc_t<T>(g.scale);
+  }
+}
+
 template <class T, class P>
 void sum_pages(const Backward<T, P>& g, const acc_t<T>* dq) {
   using A = acc_t<T>;
@@ -137,14 +172,23 @@ void forward(const Forward<T, P>& g) {
       expander(g.in, g.out, q, g.bt, g.M, g.N, g.r, g.slots, nullptr));
 }
 
+template <class T>
+bool has_one_pass(int64_t M, int64_t N, int64_t K, int64_t r) {
+  if (M <= kFewRows) return true;
+  const Fused<bf16>& k = kernels();
+  return std::is_same_v<T, bf16> && k.product != nullptr && N * K <= kTileWeight && r <= kTileRank;
+}
+
 template <class T, class P>
 void backward(const Backward<T, P>& g) {
   using A = acc_t<T>;
-  Scratch<A> dq_scratch(g.M * g.r), dp_scratch(g.dx ? g.M * g.r : 0);
+  Scratch<A> dq_scratch(g.M * g.r), dp_scratch(g.dx && !g.weight ? g.M * g.r : 0);
   A *dq = dq_scratch.get(), *dp = dp_scratch.get();
   const Paged<A, P>& k = table<T>();
   const auto project = projector(g.dy, g.N, g.bt, dq, g.M, g.r, g.scale, nullptr);
-  if (g.dx) {
+  if (g.dx && g.weight) {
+    g.M <= kFewRows ? few_rows(g, dq) : many_rows(g, dq);
+  } else if (g.dx) {
     const auto rotate = [&](int64_t m0, int64_t m1) {
       k.rotate({dq + m0 * g.r, g.pages, g.page_stride, from_row(g.slots, m0), dp + m0 * g.r, m1 - m0, g.r,
                 A(g.keep_scale), true});
@@ -158,6 +202,11 @@ void backward(const Backward<T, P>& g) {
   }
   if (g.dpages) sum_pages(g, dq);
 }
+
+template bool has_one_pass<float>(int64_t, int64_t, int64_t, int64_t);
+template bool has_one_pass<bf16>(int64_t, int64_t, int64_t, int64_t);
+template bool has_one_pass<f16>(int64_t, int64_t, int64_t, int64_t);
+template bool has_one_pass<double>(int64_t, int64_t, int64_t, int64_t);
 
 #define INSTANTIATE(T, P)                            \
   template void forward<T, P>(const Forward<T, P>&); \

@@ -30,11 +30,17 @@ bool has_fused(int64_t r);
 template <class T, class P>
 struct FusedLayer {
   Forward<T, P> g;
-  const T *weight, *bias;  // bias null: none
+  const T *weight, *bias;   // bias null: none
+  bool transposed = false;  // of a gradient: the weight is [K, N], and every R is transposed
 };
 // Several layers of the same M and K. For few tokens, threads are started and waited for once for all of them.
 template <class T, class P>
 void fused(const FusedLayer<T, P>* layers, int64_t count);
+
+// Whether dx is better formed in one pass over the weight [N, K] than after a product by torch. There is no such pass
+// with dropout.
+template <class T>
+bool has_one_pass(int64_t M, int64_t N, int64_t K, int64_t r);
 
 // dq = s * dy btᵀ;  dpages[i] = sum over slot i of dqᵀ p;  dx = in + mask * keep_scale * (dq R_slot) a.
 template <class T, class P>
@@ -45,8 +51,9 @@ struct Backward {
   int64_t page_stride;
   const int32_t* slots;
   const acc_t<T>* p;
-  const T* in;  // dy W, or null for zeros
-  T* dx;        // null: not needed
+  const T* weight;  // [N, K]: dx is formed in one pass over it, and `in` is not read; null: no such product
+  const T* in;      // dy W, or null for zeros
+  T* dx;            // null: not needed
   P* dpages;    // [S, r, r], or null: not needed
   double scale;
   const Dropout* dropout;

@@ -27,6 +27,9 @@ constexpr int64_t kFewTokens = 32, kFewPageElements = 32 << 10;
 // panel from another core's cache.
 constexpr int64_t kOwnTokens = 64;
 
+// From this many tokens on, a part of every sum is not kept in longer panels.
+constexpr int64_t kPartTokens = 256;
+
 // Multiply-adds of one core in the time of a fork and join, about 10 us.
 template <class T>
 constexpr int64_t kInlineWork = sizeof(T) == 2 ? 200'000 : 100'000;
@@ -39,6 +42,7 @@ class Call {
       : g_(layer.g),
         weight_(layer.weight),
         bias_(layer.bias),
+        transposed_(layer.transposed),
         k_(k),
         depth_(k.depth(g_.K)),
         rank_depth_(k.rank_depth(g_.r)) {}
@@ -71,7 +75,7 @@ class Call {
   }
 
  private:
-  bool dots() const { return std::is_same_v<T, float> && g_.M <= kDotTokens; }
+  bool dots() const { return std::is_same_v<T, float> && g_.M <= kDotTokens && !transposed_; }
   int64_t blocks() const { return (g_.N + kColumnGrain - 1) / kColumnGrain; }
 
   struct Panels {
@@ -86,39 +90,54 @@ class Call {
   }
 
   // As many tokens of `count` as the panels hold, shared out evenly over the passes that it takes.
-  int64_t tokens_at_once(int64_t count) const {
-    const int64_t fit = std::clamp(kPanelBytes / int64_t(sizeof(T)) / depth_, k_.tokens, kMaxTokens);
+  int64_t tokens_at_once(int64_t count, int64_t depth) const {
+    const int64_t fit = std::clamp(kPanelBytes / int64_t(sizeof(T)) / depth, k_.tokens, kMaxTokens);
     const int64_t passes = (count + fit - 1) / fit, share = (count + passes - 1) / passes;
     return (share + kTokenGrain - 1) / kTokenGrain * kTokenGrain;
   }
 
+  // How much of K so many tokens should take at once: where their panels would be too large, a part of every sum is
+  // cheaper than to read all of W for a part of the tokens.
+  int64_t part_of_depth(int64_t count) const {
+    const int64_t tokens = std::min(count, kPartTokens), fit = kPanelBytes / int64_t(sizeof(T)) / tokens;
+    if (k_.piece == 0 || fit >= depth_) return g_.K;
+    const int64_t most = fit / k_.piece * k_.piece, parts = (g_.K + most - 1) / most;
+    return ((g_.K + parts - 1) / parts + k_.piece - 1) / k_.piece * k_.piece;
+  }
+
   // Tokens m0 .. m1 of these blocks of columns, by one thread.
   void whole(int64_t m0, int64_t m1, int64_t b0, int64_t b1) const {
-    const int64_t chunk = tokens_at_once(m1 - m0);
+    const int64_t depth = part_of_depth(m1 - m0);
+    const int64_t chunk = tokens_at_once(m1 - m0, k_.depth(depth));
     for (int64_t m = m0; m < m1; m += chunk) {
       const int64_t count = std::min(chunk, m1 - m);
-      Arena arena(bytes(count, true));
-      const Panels panels = take(arena, count, even_panels(count));
+      Arena arena(bytes(count, k_.depth(depth), true));
+      const Panels panels = take(arena, count, k_.depth(depth), even_panels(count));
       float* p = g_.p && b0 == 0 ? g_.p + m * g_.r : arena.take<float>(count * g_.r);
-      prepare(m, count, panels, 0, arena.take<float>(count * g_.r), p);
-      multiply(m, count, panels, b0, b1);
+      float* q = arena.take<float>(count * g_.r);
+      for (int64_t k = 0; k < g_.K; k += depth) {
+        const Part part{k, std::min(depth, g_.K - k)};
+        prepare(m, count, panels, part, 0, q, p);
+        multiply(m, count, panels, part, b0, b1);
+      }
     }
   }
 
   // All tokens by all threads: first each packs some, then each takes some columns of all.
   void together() const {
-    const int64_t chunk = tokens_at_once(g_.M);
-    Arena arena(bytes(chunk, g_.p == nullptr));
-    const Panels panels = take(arena, chunk, even_panels(chunk));
+    const int64_t chunk = tokens_at_once(g_.M, depth_);
+    const Part all{0, g_.K};
+    Arena arena(bytes(chunk, depth_, g_.p == nullptr));
+    const Panels panels = take(arena, chunk, depth_, even_panels(chunk));
     float* q = arena.take<float>(chunk * g_.r);
     float* scratch = g_.p ? nullptr : arena.take<float>(chunk * g_.r);
     for (int64_t m = 0; m < g_.M; m += chunk) {
       const int64_t count = std::min(chunk, g_.M - m);
       parallel_for((count + panels.tokens - 1) / panels.tokens, [&](int64_t t0, int64_t t1) {
         const int64_t at = t0 * panels.tokens, tokens = std::min(t1 * panels.tokens, count) - at;
-        prepare(m + at, tokens, panels, at, q + at * g_.r, (scratch ? scratch : g_.p + m * g_.r) + at * g_.r);
+        prepare(m + at, tokens, panels, all, at, q + at * g_.r, (scratch ? scratch : g_.p + m * g_.r) + at * g_.r);
       });
-      parallel_for(blocks(), [&](int64_t b0, int64_t b1) { multiply(m, count, panels, b0, b1); });
+      parallel_for(blocks(), [&](int64_t b0, int64_t b1) { multiply(m, count, panels, all, b0, b1); });
     }
   }
 
@@ -147,35 +166,48 @@ class Call {
     }
   }
 
-  int64_t bytes(int64_t count, bool own_p) const {
+  int64_t bytes(int64_t count, int64_t depth, bool own_p) const {
     const int64_t rows = (count + k_.tokens - 1) / k_.tokens * k_.tokens;
-    return Arena::padded<T>(rows * depth_) + Arena::padded<T>(rows * rank_depth_) +
+    return Arena::padded<T>(rows * depth) + Arena::padded<T>(rows * rank_depth_) +
            (own_p ? 2 : 1) * Arena::padded<float>(count * g_.r);
   }
-  Panels take(Arena& arena, int64_t count, int64_t tokens) const {
+  Panels take(Arena& arena, int64_t count, int64_t depth, int64_t tokens) const {
     const int64_t rows = (count + k_.tokens - 1) / k_.tokens * k_.tokens;
-    return {tokens, arena.take<T>(rows * depth_), arena.take<T>(rows * rank_depth_)};
+    return {tokens, arena.take<T>(rows * depth), arena.take<T>(rows * rank_depth_)};
   }
 
-  // Tokens m .. m + count, which lie at token `at` of the panels: pack x, p = x aᵀ, q = s R p, pack q.
-  void prepare(int64_t m, int64_t count, const Panels& panels, int64_t at, float* q, float* p) const {
+  // Columns `from` .. from + size of x, of A and of W.
+  struct Part {
+    int64_t from, size;
+  };
+
+  // Tokens m .. m + count, which lie at token `at` of the panels: pack x, p = x aᵀ, and after the last part of p
+  // q = s R p, packed.
+  void prepare(int64_t m, int64_t count, const Panels& panels, const Part& part, int64_t at, float* q,
+               float* p) const {
     const Paged<float, P>& paged = kernels();
-    T* x = panels.x + at * depth_;
-    k_.pack({g_.x + m * g_.K, g_.K, count, g_.K, panels.tokens, x});
-    k_.product({x, panels.tokens, g_.a, g_.K, count, g_.K, 0, g_.r, nullptr, nullptr, nullptr, 0, 0, nullptr, p, g_.r});
+    T* x = panels.x + at * k_.depth(part.size);
+    k_.pack({g_.x + m * g_.K + part.from, g_.K, count, part.size, panels.tokens, x});
+    k_.product({x, panels.tokens, g_.a + part.from, g_.K, count, part.size, 0, g_.r, nullptr, nullptr, nullptr, 0, 0,
+                nullptr, p, g_.r, false, part.from > 0});
+    if (part.from + part.size < g_.K) return;
     paged.rotate(
-        {p, g_.pages, g_.page_stride, g_.slots ? g_.slots + m : nullptr, q, count, g_.r, float(g_.scale), false});
+        {p, g_.pages, g_.page_stride, g_.slots ? g_.slots + m : nullptr, q, count, g_.r, float(g_.scale), transposed_});
     k_.pack_ranks({q, g_.r, count, g_.r, panels.tokens, panels.q + at * rank_depth_});
   }
 
-  void multiply(int64_t m, int64_t count, const Panels& panels, int64_t b0, int64_t b1) const {
-    k_.product({panels.x, panels.tokens, weight_, g_.K, count, g_.K, b0 * kColumnGrain,
-                std::min(b1 * kColumnGrain, g_.N), bias_, panels.q, g_.bt, g_.N, g_.r, g_.out + m * g_.N, nullptr,
-                g_.N});
+  void multiply(int64_t m, int64_t count, const Panels& panels, const Part& part, int64_t b0,
+                int64_t b1) const {
+    const bool last = part.from + part.size == g_.K;
+    k_.product({panels.x, panels.tokens, weight_ + part.from * (transposed_ ? g_.N : 1), transposed_ ? g_.N : g_.K, count,
+                part.size, b0 * kColumnGrain, std::min(b1 * kColumnGrain, g_.N), last ? bias_ : nullptr,
+                last ? panels.q : nullptr, g_.bt, g_.N, g_.r, g_.out + m * g_.N, nullptr, g_.N, transposed_,
+                part.from > 0});
   }
 
   const Forward<T, P>& g_;
   const T *weight_, *bias_;
+  const bool transposed_;
   const Fused<T>& k_;
   const int64_t depth_, rank_depth_;
 };

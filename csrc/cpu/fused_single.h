@@ -61,7 +61,7 @@ template <int R, int V>
   }
 }
 
-// Columns n .. n + rows of y for the tokens m .. m + 16 V, as sums with tokens in lanes.
+// Columns n .. n + rows of y for the tokens m .. m + 16 V, as sums with tokens in lanes; `out` is where a sum goes on.
 template <int R, int V>
 void sum_block(const Product<float>& g, int64_t m, int64_t n, int64_t rows, __m512 (*out)[V]) {
   const float *w[R], *b[R];
@@ -73,6 +73,9 @@ void sum_block(const Product<float>& g, int64_t m, int64_t n, int64_t rows, __m5
   const float* x = g.x + m * g.K;
   const float* next = m == 0 && n + 2 * R <= g.n1 ? g.w + (n + R) * g.ldw : nullptr;
   __m512 total[R][V];
+  if (g.more)
+    for (int i = 0; i < R; ++i)
+      for (int v = 0; v < V; ++v) total[i][v] = out[i][v];
   for (int64_t k = 0; k < g.K; k += kSumPiece) {
     const int64_t depth = least(kSumPiece, g.K - k);
     __m512 sum[R][V];
@@ -81,7 +84,7 @@ void sum_block(const Product<float>& g, int64_t m, int64_t n, int64_t rows, __m5
     add_products<R, V>(sum, x + k * V * kLanes, w, 1, depth, next ? next + k : nullptr, g.ldw);
     for (int i = 0; i < R; ++i) {
       w[i] += depth;
-      for (int v = 0; v < V; ++v) total[i][v] = k == 0 ? sum[i][v] : _mm512_add_ps(total[i][v], sum[i][v]);
+      for (int v = 0; v < V; ++v) total[i][v] = k == 0 && !g.more ? sum[i][v] : _mm512_add_ps(total[i][v], sum[i][v]);
     }
   }
   if (g.q) add_products<R, V>(total, g.q + m * g.r, b, g.ldb, g.r, nullptr, 0);
@@ -97,8 +100,17 @@ template <int R, int V>
 void product_block(const Product<float>& g, int64_t m, int64_t n) {
   __m512 sum[kLanes][V];
   const int64_t rows = least(kLanes, g.n1 - n);
-  for (int64_t i = 0; i < rows; i += R) sum_block<R, V>(g, m, n + i, least(R, rows - i), sum + i);
   const __mmask16 mask = Vec<float>::first(int(rows));
+  for (int v = 0; g.more && v < V; ++v) {
+    __m512i in[16], out[16];
+    for (int64_t i = 0; i < kLanes; ++i) {
+      const int64_t row = m + v * kLanes + i;
+      in[i] = row < g.M ? _mm512_maskz_loadu_epi32(mask, (g.y ? g.y : g.p) + row * g.ldy + n) : _mm512_setzero_si512();
+    }
+    transpose_words(in, out);
+    for (int i = 0; i < 16; ++i) sum[i][v] = _mm512_castsi512_ps(out[i]);
+  }
+  for (int64_t i = 0; i < rows; i += R) sum_block<R, V>(g, m, n + i, least(R, rows - i), sum + i);
   for (int v = 0; v < V; ++v) {
     __m512i in[16], out[16];
     for (int i = 0; i < 16; ++i) in[i] = i < rows ? _mm512_castps_si512(sum[i][v]) : _mm512_setzero_si512();
@@ -125,7 +137,7 @@ inline void product_single(const Product<float>& g) {
     }
 }
 
-constexpr Fused<float> fused_single{kPanelTokens, same_depth, same_depth, pack_single, pack_single, product_single};
+constexpr Fused<float> fused_single{kPanelTokens, same_depth, same_depth, kSumPiece, pack_single, pack_single, product_single};
 
 }  // namespace
 }  // namespace loraxs::cpu

@@ -61,6 +61,33 @@ inline void copy_rows(const Factor& w, int64_t n, int64_t k, int64_t steps, bf16
   }
 }
 
+// Columns n .. n + 32 of a w that is read across, likewise; those of the next block are asked for.
+inline void copy_across(const Product<bf16>& g, int64_t n, int64_t k, int64_t steps, bf16* out) {
+  // Words of (row 2 i, row 2 i + 1) for the columns 0 .. 16, and 16 .. 32.
+  alignas(64) static constexpr uint16_t kLow[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+                                                    8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+  const __m512i low = _mm512_load_si512(kLow), high = _mm512_add_epi16(low, _mm512_set1_epi16(kTile));
+  const __mmask32 mask = __mmask32((uint64_t(1) << least(kBlock, g.n1 - n)) - 1);
+  for (int64_t s = 0; s < steps; ++s, k += kTileDepth, out += 2 * kTileElements) {
+    __m512i first[16], second[16], rows[16];
+    for (int64_t i = 0; i < kTile; ++i) {
+      __m512i row[2];
+      for (int64_t j = 0; j < 2; ++j) {
+        const int64_t at = k + 2 * i + j;
+        const bf16* w = g.w + at * g.ldw + n;
+        row[j] = at < g.K ? _mm512_maskz_loadu_epi16(mask, w) : _mm512_setzero_si512();
+        if (at < g.K && n + kBlock < g.n1) __builtin_prefetch(w + kBlock, 0, kIntoL2);
+      }
+      first[i] = _mm512_permutex2var_epi16(row[0], low, row[1]);
+      second[i] = _mm512_permutex2var_epi16(row[0], high, row[1]);
+    }
+    transpose_words(first, rows);
+    for (int64_t i = 0; i < kTile; ++i) _mm512_store_si512(out + i * kTileDepth, rows[i]);
+    transpose_words(second, rows);
+    for (int64_t i = 0; i < kTile; ++i) _mm512_store_si512(out + kTileElements + i * kTileDepth, rows[i]);
+  }
+}
+
 // Columns n .. n + 32 of b as first factors, in the order of the steps of q.
 inline void copy_columns(const Product<bf16>& g, int64_t n, bf16* out) {
   const int64_t tiles = tile_steps(g.r), steps = rank_steps(g.r);
@@ -176,17 +203,20 @@ inline void product_tiles(const Product<bf16>& g) {
     }
     // Few tokens read a row of W once or twice; for more, or where rows end early, a copy pays: a piece of W that
     // stays in L1, where rows a power of two apart would evict each other.
-    const bool in_place = pairs <= 2 && n + kBlock <= g.n1 && g.K % kTileDepth == 0;
+    const bool in_place = !g.across && pairs <= 2 && n + kBlock <= g.n1 && g.K % kTileDepth == 0;
     for (int64_t k = 0; k < steps; k += in_place ? steps : piece_steps) {
       const int64_t count = in_place ? steps : least(piece_steps, steps - k);
       const bool last = k + count == steps;
-      if (!in_place) copy_rows(w, n, k * kTileDepth, count, piece);
+      if (g.across)
+        copy_across(g, n, k * kTileDepth, count, piece);
+      else if (!in_place)
+        copy_rows(w, n, k * kTileDepth, count, piece);
       TileSession::fence();
       const bf16* w0 = in_place ? g.w + n * g.ldw : piece;
       const bf16* w1 = w0 + (in_place ? kTile * g.ldw : kTileElements);
       const int64_t ws = in_place ? kTileDepth : 2 * kTileElements, wl = in_place ? g.ldw * 2 : 64;
       Ahead ahead{last ? g.w + (n + kBlock) * g.ldw : g.w + n * g.ldw + (k + count) * kTileDepth, g.ldw, 0, 0};
-      const int64_t ahead_rows = pairs == 1 ? 0 : last ? least(kBlock, g.n1 - n - kBlock) : least(kBlock, g.n1 - n);
+      const int64_t ahead_rows = pairs == 1 || g.across ? 0 : last ? least(kBlock, g.n1 - n - kBlock) : least(kBlock, g.n1 - n);
       for (int64_t pair = 0; pair < pairs; ++pair) {
         const bf16* x0 = g.x + (2 * pair * steps + k) * kTileElements;
         const auto add_pair = pair + 1 < pairs ? add : add_last;
@@ -222,7 +252,7 @@ inline void product_tiles(const Product<bf16>& g) {
   }
 }
 
-constexpr Fused<bf16> fused_tiles{kBlock, tile_depth, rank_tile_depth, pack_tiles, pack_rank_tiles, product_tiles};
+constexpr Fused<bf16> fused_tiles{kBlock, tile_depth, rank_tile_depth, 0, pack_tiles, pack_rank_tiles, product_tiles};
 
 }  // namespace
 }  // namespace loraxs::cpu

@@ -1,6 +1,7 @@
 // The kernels of one instruction-set level as a table. Included once per level, after LORAXS_SIMD named its vectors.
 // Tables are constinit: nothing of a level may run before the CPU is known to have it.
 #pragma once
+#include "cpu/across.h"
 #include "cpu/expand.h"
 #include "cpu/paged.h"
 #include "cpu/project.h"
@@ -13,12 +14,12 @@ namespace {
 template <class T, class P>
 constexpr Scaled<T, P> scaled = {rescale<T, P>, rescale_back<T, P>, total<acc_t<T>, P>};
 
-constexpr Kernels level(Dense<bf16> half = {project<bf16>, expand<bf16>}, Fused<float> fused_single = {},
+constexpr Kernels level(Dense<bf16> half = {project<bf16>, expand<bf16>, across<bf16>}, Fused<float> fused_single = {},
                         Fused<bf16> fused_half = {}) {
   return {
-      {project<float>, expand<float>},
+      {project<float>, expand<float>, across<float>},
       half,
-      {project<f16>, expand<f16>},
+      {project<f16>, expand<f16>, across<f16>},
       {rotate<float, float>, outer<float, float>},
       {rotate<float, bf16>, outer<float, bf16>},
       {rotate<float, f16>, outer<float, f16>},

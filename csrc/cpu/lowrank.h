@@ -76,10 +76,23 @@ struct Outer {
   P* d;
 };
 
+// out[m, n] = sum_k x[m, k] w[k, n] + sum_i q[m, i] b[i, n], rounded once, for at most kFewRows rows of x; w and b are
+// contiguous along n, and w is read once where it lies.
+constexpr int64_t kFewRows = 12;
+template <class T>
+struct Across {
+  const T *x, *w;
+  const acc_t<T>* q;
+  const T* b;
+  T* out;
+  int64_t ldx, ldw, ldq, ldb, ldo, M, K, N, r;
+};
+
 template <class T>
 struct Dense {
   void (*project)(const Project<T>&);
   void (*expand)(const Expand<T>&);
+  void (*across)(const Across<T>&);
 };
 template <class A, class P>
 struct Paged {
@@ -152,12 +165,12 @@ struct Pack {
   T* panel;
 };
 
-// y[m, n] = x[m] . w[n] + bias[n] + q[m] . b[:, n] for n in [n0, n1): one pass over the rows of w, where they lie.
+// y[m, n] = x[m] . w[n] + bias[n] + q[m] . b[:, n] for n in [n0, n1): one pass over w, where it lies.
 template <class T>
 struct Product {
   const T* x;      // packed tokens
   int64_t tokens;  // of a panel
-  const T* w;      // [N, K], contiguous along K
+  const T* w;      // [N, K], contiguous along K; or, if `across`, [K, N], contiguous along N: bf16 only
   int64_t ldw, M, K, n0, n1;
   const T* bias;  // null: none
   const T* q;     // packed rows of q, or null: no low-rank part
@@ -166,6 +179,8 @@ struct Product {
   T* y;      // [M, N], or null:
   float* p;  // the same numbers unrounded
   int64_t ldy;
+  bool across = false;
+  bool more = false;  // the sum goes on from what is there; only where Fused::piece allows it
 };
 
 // The base product fused with the low-rank part, at the levels where that beats torch's own product.
@@ -173,6 +188,7 @@ template <class T>
 struct Fused {
   int64_t tokens;                                       // of a panel at most: what is packed together
   int64_t (*depth)(int64_t K), (*rank_depth)(int64_t);  // elements that a token takes in its panels
+  int64_t piece;                                        // a sum may stop after a multiple of these; 0: it may not
   void (*pack)(const Pack<T, T>&);
   void (*pack_ranks)(const Pack<T, float>&);
   void (*product)(const Product<T>&);

@@ -11,9 +11,10 @@
 namespace loraxs::cpu {
 namespace {
 
-// q[i] = alpha * sum_j R[i, j] p[j], four outputs at a time.
+// q[i] = alpha * sum_j R[i, j] p[j], four outputs at a time. What lies in the same places of the page `next` is asked
+// for meanwhile.
 template <class A, class P>
-void rotate_row(const A* p, const P* page, A* q, int64_t r, A alpha) {
+void rotate_row(const A* p, const P* page, const P* next, A* q, int64_t r, A alpha) {
   using V = Vec<A>;
   for (int64_t i = 0; i < r; i += 4) {
     const P* row[4];
@@ -22,7 +23,10 @@ void rotate_row(const A* p, const P* page, A* q, int64_t r, A alpha) {
     int64_t j = 0;
     for (; j + V::lanes <= r; j += V::lanes) {
       const V tp = V::load(p + j);
-      for (int c = 0; c < 4; ++c) sum[c] = sum[c].fma(tp, V::load(row[c] + j));
+      for (int c = 0; c < 4; ++c) {
+        sum[c] = sum[c].fma(tp, V::load(row[c] + j));
+        __builtin_prefetch(row[c] + j + (next - page), 0, kIntoL2);
+      }
     }
     if (j < r) {
       const int n = int(r - j);
@@ -41,15 +45,17 @@ void rotate_row(const A* p, const P* page, A* q, int64_t r, A alpha) {
 
 // q[j] = alpha * sum_i p[i] R[i, j], C vectors of j at a time.
 template <int C, class A, class P>
-void rotate_back(const A* p, const P* page, A* q, int64_t r, int64_t j, int left, A alpha) {
+void rotate_back(const A* p, const P* page, const P* next, A* q, int64_t r, int64_t j, int left, A alpha) {
   using V = Vec<A>;
   V sum[C];
   for (int c = 0; c < C; ++c) sum[c] = V::zero();
   for (int64_t i = 0; i < r; ++i) {
     const V tp = V::splat(p[i]);
     const P* row = page + i * r + j;
-    for (int c = 0; c < C; ++c)
+    for (int c = 0; c < C; ++c) {
       sum[c] = sum[c].fma(tp, C == 1 && left < V::lanes ? V::load_n(row, left) : V::load(row + c * V::lanes));
+      __builtin_prefetch(row + c * V::lanes + (next - page), 0, kIntoL2);
+    }
   }
   for (int c = 0; c < C; ++c) {
     const V v = sum[c] * V::splat(alpha);
@@ -61,14 +67,14 @@ void rotate_back(const A* p, const P* page, A* q, int64_t r, int64_t j, int left
 }
 
 template <class A, class P>
-void rotate_one(const Rotate<A, P>& g, int64_t m, const P* page) {
+void rotate_one(const Rotate<A, P>& g, int64_t m, const P* page, const P* next) {
   constexpr int lanes = Vec<A>::lanes;
   const A* p = g.p + m * g.r;
   A* q = g.q + m * g.r;
-  if (!g.transposed) return rotate_row(p, page, q, g.r, g.alpha);
+  if (!g.transposed) return rotate_row(p, page, next, q, g.r, g.alpha);
   int64_t j = 0;
-  for (; j + 4 * lanes <= g.r; j += 4 * lanes) rotate_back<4>(p, page, q, g.r, j, lanes, g.alpha);
-  for (; j < g.r; j += lanes) rotate_back<1>(p, page, q, g.r, j, int(least(lanes, g.r - j)), g.alpha);
+  for (; j + 4 * lanes <= g.r; j += 4 * lanes) rotate_back<4>(p, page, next, q, g.r, j, lanes, g.alpha);
+  for (; j < g.r; j += lanes) rotate_back<1>(p, page, next, q, g.r, j, int(least(lanes, g.r - j)), g.alpha);
 }
 
 // From this many rows on, turning the page around costs less than the horizontal sums that it saves.
@@ -103,25 +109,26 @@ bool rotate_run(const Rotate<A, P>& g, int64_t m, int64_t count, const P* page) 
 // From this many rows on, a run beats row by row (Sapphire Rapids, r = 4 to 64).
 constexpr int64_t kRun = 8;
 
-// Pages of different slots are as far apart as rows of a slab, and each begins with a miss: they are asked for this
-// many rows early, or the beginning of them: the hardware goes on by itself.
-constexpr int64_t kRowsAhead = 8, kLine = 64, kPageLines = 16;
+// Pages of different slots are as far apart as rows of a slab, and the hardware does not know where the next one
+// begins: they are asked for as many rows early as hold this much, at most kRowsAhead.
+constexpr int64_t kBytesAhead = 32 << 10, kRowsAhead = 8, kLine = 64;
 
+// The page of row m; `other` where it has none.
 template <class A, class P>
-void ask_for_page(const Rotate<A, P>& g, int64_t m) {
-  if (m >= g.M || g.slots[m] < 0) return;
-  const P* page = g.pages + g.slots[m] * g.page_stride;
-  constexpr int64_t line = kLine / int64_t(sizeof(P));
-  for (int64_t i = 0; i < least(g.r * g.r, kPageLines * line); i += line) __builtin_prefetch(page + i);
+const P* page_of(const Rotate<A, P>& g, int64_t m, const P* other) {
+  return m < g.M && g.slots[m] >= 0 ? g.pages + g.slots[m] * g.page_stride : other;
 }
 
 template <class A, class P>
 void rotate(const Rotate<A, P>& g) {
-  if (g.slots)
-    for (int64_t m = 0; m < kRowsAhead; ++m) ask_for_page(g, m);
+  const int64_t bytes = g.r * g.r * int64_t(sizeof(P));
+  const int64_t ahead = bytes * kRowsAhead <= kBytesAhead ? kRowsAhead : least(kRowsAhead, kBytesAhead / bytes + 1);
+  for (int64_t m = 0; g.slots && m < ahead; ++m)
+    if (const P* page = page_of<A, P>(g, m, nullptr))
+      for (int64_t i = 0; i < least(bytes, kBytesAhead / kRowsAhead); i += kLine)
+        __builtin_prefetch(reinterpret_cast<const char*>(page) + i, 0, kIntoL2);
   for (int64_t m = 0, end = 0; m < g.M; m = end) {
     const int64_t slot = g.slots ? g.slots[m] : 0;
-    if (g.slots) ask_for_page(g, m + kRowsAhead);
     for (end = g.slots ? m + 1 : g.M; end < g.M && g.slots[end] == slot;) ++end;
     if (slot < 0) {
       for (int64_t i = m * g.r; i < end * g.r; ++i) g.q[i] = 0;
@@ -129,7 +136,7 @@ void rotate(const Rotate<A, P>& g) {
     }
     const P* page = g.pages + slot * g.page_stride;
     if (end - m < kRun || !rotate_run(g, m, end - m, page))
-      for (int64_t i = m; i < end; ++i) rotate_one(g, i, page);
+      for (int64_t i = m; i < end; ++i) rotate_one(g, i, page, g.slots ? page_of(g, i + ahead, page) : page);
   }
 }
 

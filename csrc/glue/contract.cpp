@@ -212,12 +212,7 @@ Tensor page_views(const Tensor& pages) {
 }
 
 Tensor transposed_basis(const Tensor& b) {
-  const int64_t sizes[] = {b.size(1), b.size(0)}, strides[] = {b.size(0), 1};
-  if (b.stride(0) != 1 || b.stride(1) != sizes[1]) return dense(torch::stable::transpose(b, 0, 1));
-  // Without the dispatcher, which would take a microsecond.
-  AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(b.get(), 2, sizes, strides, b.storage_offset(), &handle));
-  return Tensor(handle);
+  return b.stride(0) == 1 && b.stride(1) == b.size(0) ? b : dense(torch::stable::transpose(b, 0, 1));
 }
 
 }  // namespace loraxs

@@ -86,7 +86,7 @@ Tensor dense(const Tensor& t);
 // Pages [S, r, r] that are contiguous each, at any distance from one another, as the rows of a slab are: pages as they
 // lie where that is so, else a dense copy. stride(0) is the distance.
 Tensor page_views(const Tensor& pages);
-// b [N, r] as contiguous bt [r, N]; no copy when b is the transpose of one.
+// A tensor whose memory holds contiguous bt [r, N]: b [N, r] itself when it is the transpose of one, else a copy.
 Tensor transposed_basis(const Tensor& b);
 
 // While alive, torch records no gradients: inner calls see tensors that may require them.

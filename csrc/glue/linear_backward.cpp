@@ -9,6 +9,16 @@
 namespace loraxs {
 namespace {
 
+bool is_one_pass(const Problem& g, const Tensor& dy, const Tensor& weight) {
+  if (g.empty() || g.mask() != nullptr || !is_one_product(dy, weight)) return false;
+  bool answer = false;
+  visit_dtypes(g, [&](auto types) {
+    using T = typename decltype(types)::Element;
+    answer = cpu::has_one_pass<T>(g.M.size, g.N.size, g.K.size, g.r.size);
+  });
+  return answer;
+}
+
 std::tuple<Tensor, Tensor> linear_backward(const Tensor& dy, const MaybeTensor& weight, const Tensor& a,
                                            const Tensor& b, const Tensor& pages, const MaybeTensor& slots,
                                            const Tensor& p, double scale, double p_drop, const MaybeTensor& rng,
@@ -24,9 +34,10 @@ std::tuple<Tensor, Tensor> linear_backward(const Tensor& dy, const MaybeTensor& 
   const int32_t* s = g.slots(slots);
 
   const NoGrad no_grad;
-  Tensor dx = !need_dx ? empty_cpu({0}, g.dtype)
-              : weight ? base_backward(g, dy, *weight)
-                       : empty_rows(dy, g.K.size, g.dtype);
+  const bool one_pass = need_dx && weight && is_one_pass(g, dy, *weight);
+  Tensor dx = !need_dx              ? empty_cpu({0}, g.dtype)
+              : weight && !one_pass ? base_backward(g, dy, *weight)
+                                    : empty_rows(dy, g.K.size, g.dtype);
   Tensor dpages =
       need_dpages ? empty_cpu({g.S.size, g.r.size, g.r.size}, g.pages_dtype) : empty_cpu({0}, g.pages_dtype);
   if (g.empty()) {
@@ -43,7 +54,8 @@ std::tuple<Tensor, Tensor> linear_backward(const Tensor& dy, const MaybeTensor& 
     using P = typename decltype(types)::Page;
     cpu::backward<T, P>({g.M.size, g.K.size, g.N.size, g.r.size, g.S.size, data<T>(rows), data<T>(a_rows), data<T>(bt),
                          data<P>(page_rows), page_rows.stride(0), s, data<cpu::acc_t<T>>(p_rows),
-                         need_dx && weight ? data<T>(dx) : nullptr, need_dx ? mutable_data<T>(dx) : nullptr,
+                         one_pass ? data<T>(*weight) : nullptr,
+                         need_dx && weight && !one_pass ? data<T>(dx) : nullptr, need_dx ? mutable_data<T>(dx) : nullptr,
                          need_dpages ? mutable_data<P>(dpages) : nullptr, scale, g.mask(), g.keep_scale});
   });
   return {dx, dpages};

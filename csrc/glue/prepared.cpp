@@ -37,7 +37,8 @@ class PreparedFor final : public Prepared {
     std::vector<cpu::FusedLayer<T, P>> calls = layers;
     std::vector<Tensor> ys;
     ys.reserve(calls.size());
-    for (auto& [call, weight, bias] : calls) {
+    for (cpu::FusedLayer<T, P>& layer : calls) {
+      auto& call = layer.g;
       if (!cpu::has_fused<T>(call.r)) return {};
       ys.push_back(empty_rows(x, call.N, dtype));
       call.M = g.M.size, call.x = data<T>(x), call.slots = slots, call.out = mutable_data<T>(ys.back());

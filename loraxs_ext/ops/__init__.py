@@ -16,7 +16,7 @@ from .rescale import rescale
 from .stacked import Site, linear_projected, linear_stack, project
 
 _linear = torch.ops.loraxs.linear.default
-_linear_unwrapped = torch.ops.loraxs._linear.default
+_linear_output = torch.ops.loraxs._linear_output.default
 _add_delta = torch.ops.loraxs.add_delta.default
 _add_delta_unwrapped = torch.ops.loraxs._add_delta.default
 _row_scale = torch.ops.loraxs.row_scale.default
@@ -64,7 +64,7 @@ def linear(
     if not is_grad_enabled() or not (
         pages.requires_grad or x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     ):
-        return _linear_unwrapped(*args)[0]
+        return _linear_output(*args)
     return _linear(*args)[0] if is_compiling() else LinearFunction.apply(*args)
 
 

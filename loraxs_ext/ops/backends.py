@@ -97,8 +97,7 @@ def _check_slots(op: str, slots: torch.Tensor, n_slots: int) -> None:
 def _register() -> bool:
     """Register the reference everywhere and the compiled owners where they are built; True if they are."""
     for op in OPS:
-        owner = _checked(op, getattr(reference, op))
-        for name in filter(None, (op, UNWRAPPED.get(op))):
+        for name, owner in _names(op, _checked(op, getattr(reference, op))).items():
             LIBRARY.impl(name, owner, "CompositeExplicitAutograd")
     LIBRARY.impl("_eigh", eigh.eigh, "CompositeExplicitAutograd")
     if BACKEND == "reference":
@@ -106,6 +105,12 @@ def _register() -> bool:
     compiled = _load_compiled()
     _register_triton()
     return compiled
+
+
+def _names(op: str, owner: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
+    """What an owner of `op` is registered as, under each of its names."""
+    named = {name: owner for name in (op, UNWRAPPED.get(op)) if name}
+    return named | {"_linear_output": lambda *args: owner(*args)[0]} if op == "linear" else named
 
 
 def _load_compiled() -> bool:
@@ -126,9 +131,9 @@ def _register_triton() -> None:
         owner = _checked(op, _triton_owner(op))
         if op == "linear" and _decodes_in_cuda():
             owner = decode.before(owner)
-        for name in filter(None, (op, UNWRAPPED.get(op))):
+        for name, named in _names(op, owner).items():
             if not _has_kernel(name, "CUDA"):
-                LIBRARY.impl(name, owner, "CUDA")
+                LIBRARY.impl(name, named, "CUDA")
                 _TRITON_OWNS.add(op)
     LIBRARY.impl("_eigh", _eigh_on_gpu, "CUDA")
 

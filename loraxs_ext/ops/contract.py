@@ -86,6 +86,8 @@ for _name, _op in OPS.items():
     LIBRARY.define(_name + _op.schema)
     if _name in UNWRAPPED:
         LIBRARY.define(UNWRAPPED[_name] + _op.schema)
+# `linear` without p, which only a backward needs: at one token on the CPU, a second tensor is 2 % of the call.
+LIBRARY.define("_linear_output" + OPS["linear"].schema.replace("(Tensor y, Tensor p)", "Tensor y"))
 # The CUDA kernel for few tokens: the owner of `linear` on a GPU calls it where it fits (see backends.py).
 LIBRARY.define("_linear_decode" + OPS["linear"].schema)
 # `linear` on the CPU with all but x and the slots found out before (see prepared.py). No id is 0.
@@ -213,6 +215,11 @@ def _check_dtype(op: str, name: str, dtype: torch.dtype, first: str, first_dtype
 def _linear_fake(x, weight, bias, a, b, pages, slots, scale, p_drop=0.0, rng=None):
     check("linear", p_drop, x=x, weight=weight, bias=bias, a=a, b=b, pages=pages, slots=slots, rng=rng)
     return x.new_empty(*x.shape[:-1], weight.shape[0]), _fake_p(x, a)
+
+
+@torch.library.register_fake("loraxs::_linear_output", lib=LIBRARY)
+def _linear_output_fake(*args):
+    return _linear_fake(*args)[0]
 
 
 @torch.library.register_fake("loraxs::linear_backward", lib=LIBRARY)

@@ -45,6 +45,8 @@ def test_fake_kernels_under_every_owner():
             y, p = op(x, weight, None, a, b, pages, slots, 1.0, 0.1, rng)
             assert (y.shape, y.dtype, y.device.type) == ((2, 100, 24), torch.bfloat16, "cuda")
             assert (p.shape, p.dtype, p.device.type) == ((200, 5), torch.float32, "cuda")
+        only_y = torch.ops.loraxs._linear_output(x, weight, None, a, b, pages, slots, 1.0, 0.1, rng)
+        assert (only_y.shape, only_y.dtype, only_y.device.type) == (y.shape, y.dtype, "cuda")
         for op in (torch.ops.loraxs.add_delta, torch.ops.loraxs._add_delta):
             out, p = op(y, x, a, b, pages, slots, 1.0)
             assert (out.shape, out.dtype, p.shape) == (y.shape, y.dtype, (200, 5))
