@@ -156,6 +156,17 @@ def test_coarse_quantisation_is_refused(llama: Case, saved, bits, refused):
             PeftModel.from_pretrained(base, saved[0])
 
 
+@every_route
+def test_a_damaged_sketch_is_refused(llama: Case, saved, load):
+    file = saved[0] / "adapter_model.safetensors"
+    tensors = load_file(file)
+    key = next(k for k in tensors if k.endswith("q_proj.loraxs_R.sketch"))
+    tensors[key][:, 1] = torch.nan
+    save_file(tensors, file)
+    with pytest.raises(ValueError, match="another base model.* singular vectors of 1 of"):
+        logits(load(llama, llama.base(), saved[0]), llama.inputs())
+
+
 def edit_config(path: Path, **changes) -> None:
     file = path / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
@@ -164,8 +175,9 @@ def edit_config(path: Path, **changes) -> None:
 def test_the_check_can_be_lowered(llama: Case, saved):
     path, _ = saved
     edit_config(path, basis_check="warn")
-    with pytest.warns(UserWarning, match="was trained on another base model"):
+    with pytest.warns(UserWarning, match="was trained on another base model") as caught:
         PeftModel.from_pretrained(llama.base(seed=1), path)
+    assert sum("was trained on another base model" in str(w.message) for w in caught) == 1
     edit_config(path, basis_check="ignore")
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="LoRA-XS")
