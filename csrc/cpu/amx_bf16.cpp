@@ -5,6 +5,7 @@
 
 namespace loraxs::cpu {
 
-constinit const Kernels amx_bf16_kernels = level({project_tiles, expand_tiles, across<bf16>}, fused_single, fused_tiles);
+constinit const Kernels amx_bf16_kernels =
+    level({project_tiles, expand_tiles, across<bf16>}, fused_single, fused_tiles);
 
 }  // namespace loraxs::cpu

@@ -95,12 +95,15 @@ auto expander(const T* in, T* out, const acc_t<T>* q, const T* b, int64_t M, int
   };
 }
 
-// More than kFewRows rows go by matrix tiles, in bf16, while W is small: they want columns of W, and those of a large one
-// are too far apart.
+// From so many slots on, a thread sums whole pages.
+constexpr int64_t kManySlots = 32;
+
+// More than kFewRows rows go by matrix tiles, in bf16, while W is small: they want columns of W, and those of a large
+// one are too far apart.
 constexpr int64_t kTileWeight = 1 << 19, kTileRank = 256;
 
-// dx in one pass over the weight and dq, for a few rows. Every thread projects all rows for itself: that costs less than
-// to wait for each other once more.
+// dx in one pass over the weight and dq, for a few rows. Every thread projects all rows for itself: that costs less
+// than to wait for each other once more.
 template <class T, class P>
 void few_rows(const Backward<T, P>& g, acc_t<T>* dq) {
   using A = acc_t<T>;
@@ -113,7 +116,7 @@ void few_rows(const Backward<T, P>& g, acc_t<T>* dq) {
     paged.rotate({q, g.pages, g.page_stride, g.slots, dp, g.M, g.r, A(1), true});
     dense.across({g.dy, g.weight + k0, dp, g.a + k0, g.dx + k0, g.N, g.K, g.r, g.K, g.K, g.M, g.N, k1 - k0, g.r});
   };
-  g.M * g.N * g.K < kInlineWork / 8 ? columns(0, g.K) : in_grains(g.K, kColumnGrain, columns);
+  g.M* g.N* g.K < kInlineWork / 8 ? columns(0, g.K) : in_grains(g.K, kColumnGrain, columns);
 }
 
 // The same for many rows: the layer's own product, with the weight and every R transposed.
@@ -146,13 +149,15 @@ void sum_pages(const Backward<T, P>& g, const acc_t<T>* dq) {
     return;
   }
   const RowLists lists(g.slots, g.M, g.S);
+  // Few slots are shared out in parts.
+  const int64_t parts = g.S < kManySlots ? blocks : 1, step = blocks / parts;
   const auto task = [&](int64_t t0, int64_t t1) {
     for (int64_t t = t0; t < t1; ++t) {
-      const int64_t slot = t / blocks, b = t % blocks;
-      block(slot, lists.rows.data() + lists.start[slot], lists.start[slot + 1] - lists.start[slot], b, b + 1);
+      const int64_t slot = t / parts, b = t % parts * step;
+      block(slot, lists.rows.data() + lists.start[slot], lists.start[slot + 1] - lists.start[slot], b, b + step);
     }
   };
-  small ? task(0, g.S * blocks) : parallel_for(g.S * blocks, task);
+  small ? task(0, g.S * parts) : parallel_for(g.S * parts, task);
 }
 
 }  // namespace

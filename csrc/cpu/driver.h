@@ -54,7 +54,7 @@ struct Backward {
   const T* weight;  // [N, K]: dx is formed in one pass over it, and `in` is not read; null: no such product
   const T* in;      // dy W, or null for zeros
   T* dx;            // null: not needed
-  P* dpages;    // [S, r, r], or null: not needed
+  P* dpages;        // [S, r, r], or null: not needed
   double scale;
   const Dropout* dropout;
   double keep_scale;

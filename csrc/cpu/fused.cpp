@@ -1,6 +1,10 @@
 // Threads and scratch of the fused product.
 #include <algorithm>
+#include <atomic>
+#include <memory>
 #include <type_traits>
+#include <utility>
+#include <vector>
 
 #include "cpu/arena.h"
 #include "cpu/driver.h"
@@ -19,6 +23,9 @@ constexpr int64_t kColumnGrain = 32, kTokenGrain = 16, kMaxTokens = 512, kMaxRan
 // tokens to the next.
 constexpr int64_t kDotTokens = 12, kDotGrain = 16, kStrip = 64;
 
+// p is shared out in so many ranks at once: what one token's registers hold.
+constexpr int64_t kRankShare = 8;
+
 // Up to here every thread packs all tokens, and reads the pages of all of them, for itself: that costs less than to
 // wait for each other once more.
 constexpr int64_t kFewTokens = 32, kFewPageElements = 32 << 10;
@@ -34,18 +41,28 @@ constexpr int64_t kPartTokens = 256;
 template <class T>
 constexpr int64_t kInlineWork = sizeof(T) == 2 ? 200'000 : 100'000;
 
+// p of a few tokens, which threads form together without waiting for each other.
+struct SharedP {
+  float* p;
+  std::atomic<int64_t> done{0};  // columns of it
+};
+
 // One layer.
 template <class T, class P>
 class Call {
  public:
-  Call(const FusedLayer<T, P>& layer, const Fused<T>& k)
+  Call(const FusedLayer<T, P>& layer, const Fused<T>& k, SharedP* shared = nullptr)
       : g_(layer.g),
+        shared_(shared),
         weight_(layer.weight),
         bias_(layer.bias),
         transposed_(layer.transposed),
         k_(k),
         depth_(k.depth(g_.K)),
         rank_depth_(k.rank_depth(g_.r)) {}
+
+  // A few tokens in fp32.
+  bool dots() const { return std::is_same_v<T, float> && g_.M <= kDotTokens && !transposed_; }
 
   int64_t work() const { return g_.M * g_.K * g_.N; }
 
@@ -75,7 +92,6 @@ class Call {
   }
 
  private:
-  bool dots() const { return std::is_same_v<T, float> && g_.M <= kDotTokens && !transposed_; }
   int64_t blocks() const { return (g_.N + kColumnGrain - 1) / kColumnGrain; }
 
   struct Panels {
@@ -141,28 +157,43 @@ class Call {
     }
   }
 
-  // A few tokens in fp32: p and q, then pieces i0 .. i1 of y.
+  // A few tokens in fp32: this thread's share of p, then pieces i0 .. i1 of y.
   void run_dots(int64_t i0, int64_t i1) const {
     const Dense<float>& dense = kernels();
-    const Paged<float, P>& paged = kernels();
-    const int64_t count = g_.M * g_.r;
-    Arena arena(2 * Arena::padded<float>(count));
-    float *own = arena.take<float>(count), *q = arena.take<float>(count), *p = g_.p && i0 == 0 ? g_.p : own;
-    dense.project({g_.x, g_.a, p, g_.K, g_.K, g_.r, g_.M, g_.K, g_.r, 1.f, nullptr, 0, false});
-    paged.rotate({p, g_.pages, g_.page_stride, g_.slots, q, g_.M, g_.r, float(g_.scale), false});
-    const int64_t end = std::min(i1 * kDotGrain, g_.N);
-    for (int64_t n = i0 * kDotGrain; n < end; n += kStrip) {
-      const int64_t columns = std::min(kStrip, end - n);
-      float* y = g_.out + n;
+    const auto project = [&](float* p, int64_t j0, int64_t j1) {
+      dense.project({g_.x, g_.a + j0 * g_.K, p + j0, g_.K, g_.K, g_.r, g_.M, g_.K, j1 - j0, 1.f, nullptr, 0, false});
+    };
+    const int64_t shares = (g_.r + kRankShare - 1) / kRankShare, n = pieces();
+    const int64_t j0 = std::min(shares * i0 / n * kRankShare, g_.r), j1 = std::min(shares * i1 / n * kRankShare, g_.r);
+    if (j0 < j1) project(shared_->p, j0, j1);
+    shared_->done.fetch_add(j1 - j0, std::memory_order_release);
+
+    Arena arena(2 * Arena::padded<float>(g_.M * g_.r));
+    float* q = arena.take<float>(g_.M * g_.r);
+    const int64_t first = i0 * kDotGrain, end = std::min(i1 * kDotGrain, g_.N);
+    for (int64_t at = first; at < end; at += kStrip) {
+      const int64_t columns = std::min(kStrip, end - at);
+      float* y = g_.out + at;
       // b is needed after the product, and would then be waited for.
       for (int64_t j = 0; j < g_.r; ++j)
-        for (int64_t c = 0; c < columns; c += 16) __builtin_prefetch(g_.bt + j * g_.N + n + c);
+        for (int64_t c = 0; c < columns; c += 16) __builtin_prefetch(g_.bt + j * g_.N + at + c);
       dense.project(
-          {g_.x, weight_ + n * g_.K, y, g_.K, g_.K, g_.N, g_.M, g_.K, columns, 1.f, nullptr, 0, false, end - n});
+          {g_.x, weight_ + at * g_.K, y, g_.K, g_.K, g_.N, g_.M, g_.K, columns, 1.f, nullptr, 0, false, end - at});
       if (bias_)
         for (int64_t m = 0; m < g_.M; ++m)
-          for (int64_t c = 0; c < columns; ++c) y[m * g_.N + c] += bias_[n + c];
-      dense.expand({y, y, q, g_.bt + n, g_.N, g_.r, g_.N, g_.M, columns, g_.r, g_.slots, nullptr, 0, 0, false});
+          for (int64_t c = 0; c < columns; ++c) y[m * g_.N + c] += bias_[at + c];
+      if (at == first) {
+        // By now the other threads have long had their shares ready; if not, waiting would take longer than all of p.
+        const float* p = shared_->p;
+        if (shared_->done.load(std::memory_order_acquire) != g_.r) {
+          float* all = arena.take<float>(g_.M * g_.r);
+          project(all, 0, g_.r);
+          p = all;
+        }
+        static_cast<const Paged<float, P>&>(kernels()).rotate(
+            {p, g_.pages, g_.page_stride, g_.slots, q, g_.M, g_.r, float(g_.scale), false});
+      }
+      dense.expand({y, y, q, g_.bt + at, g_.N, g_.r, g_.N, g_.M, columns, g_.r, g_.slots, nullptr, 0, 0, false});
     }
   }
 
@@ -183,8 +214,7 @@ class Call {
 
   // Tokens m .. m + count, which lie at token `at` of the panels: pack x, p = x aᵀ, and after the last part of p
   // q = s R p, packed.
-  void prepare(int64_t m, int64_t count, const Panels& panels, const Part& part, int64_t at, float* q,
-               float* p) const {
+  void prepare(int64_t m, int64_t count, const Panels& panels, const Part& part, int64_t at, float* q, float* p) const {
     const Paged<float, P>& paged = kernels();
     T* x = panels.x + at * k_.depth(part.size);
     k_.pack({g_.x + m * g_.K + part.from, g_.K, count, part.size, panels.tokens, x});
@@ -196,16 +226,16 @@ class Call {
     k_.pack_ranks({q, g_.r, count, g_.r, panels.tokens, panels.q + at * rank_depth_});
   }
 
-  void multiply(int64_t m, int64_t count, const Panels& panels, const Part& part, int64_t b0,
-                int64_t b1) const {
+  void multiply(int64_t m, int64_t count, const Panels& panels, const Part& part, int64_t b0, int64_t b1) const {
     const bool last = part.from + part.size == g_.K;
-    k_.product({panels.x, panels.tokens, weight_ + part.from * (transposed_ ? g_.N : 1), transposed_ ? g_.N : g_.K, count,
-                part.size, b0 * kColumnGrain, std::min(b1 * kColumnGrain, g_.N), last ? bias_ : nullptr,
+    k_.product({panels.x, panels.tokens, weight_ + part.from * (transposed_ ? g_.N : 1), transposed_ ? g_.N : g_.K,
+                count, part.size, b0 * kColumnGrain, std::min(b1 * kColumnGrain, g_.N), last ? bias_ : nullptr,
                 last ? panels.q : nullptr, g_.bt, g_.N, g_.r, g_.out + m * g_.N, nullptr, g_.N, transposed_,
                 part.from > 0});
   }
 
   const Forward<T, P>& g_;
+  SharedP* const shared_;
   const T *weight_, *bias_;
   const bool transposed_;
   const Fused<T>& k_;
@@ -235,10 +265,26 @@ void fused(const FusedLayer<T, P>* layers, int64_t count) {
     for (int64_t i = 0; i < count; ++i) Call<T, P>(layers[i], k).run_many(threads);
     return;
   }
+  SharedP one;
+  std::unique_ptr<SharedP[]> several(count > 1 ? new SharedP[size_t(count)] : nullptr);
+  SharedP* const shared = several ? several.get() : &one;
+  constexpr int64_t kOnStack = 1024;
+  float stack[kOnStack];
+  std::vector<float> heap;
+  if constexpr (std::is_same_v<T, float>) {
+    int64_t need = 0;
+    for (int64_t i = 0; i < count; ++i) need += layers[i].g.p ? 0 : layers[i].g.M * layers[i].g.r;
+    if (need > kOnStack) heap.resize(size_t(need));
+    float* next = need > kOnStack ? heap.data() : stack;
+    for (int64_t i = 0; i < count; ++i) {
+      const auto& g = layers[i].g;
+      shared[i].p = g.p ? g.p : std::exchange(next, next + g.M * g.r);
+    }
+  }
   // Pieces b .. e of all layers, one after the other.
   const auto task = [&](int64_t b, int64_t e) {
     for (int64_t i = 0, first = 0; i < count && first < e; ++i) {
-      const Call<T, P> call(layers[i], k);
+      const Call<T, P> call(layers[i], k, shared + i);
       const int64_t own = call.pieces(), i0 = std::max(b - first, int64_t(0)), i1 = std::min(e - first, own);
       if (i0 < i1) call.run(i0, i1);
       first += own;

@@ -137,7 +137,8 @@ inline void product_single(const Product<float>& g) {
     }
 }
 
-constexpr Fused<float> fused_single{kPanelTokens, same_depth, same_depth, kSumPiece, pack_single, pack_single, product_single};
+constexpr Fused<float> fused_single{kPanelTokens, same_depth,  same_depth,    kSumPiece,
+                                    pack_single,  pack_single, product_single};
 
 }  // namespace
 }  // namespace loraxs::cpu

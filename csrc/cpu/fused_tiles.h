@@ -216,7 +216,9 @@ inline void product_tiles(const Product<bf16>& g) {
       const bf16* w1 = w0 + (in_place ? kTile * g.ldw : kTileElements);
       const int64_t ws = in_place ? kTileDepth : 2 * kTileElements, wl = in_place ? g.ldw * 2 : 64;
       Ahead ahead{last ? g.w + (n + kBlock) * g.ldw : g.w + n * g.ldw + (k + count) * kTileDepth, g.ldw, 0, 0};
-      const int64_t ahead_rows = pairs == 1 || g.across ? 0 : last ? least(kBlock, g.n1 - n - kBlock) : least(kBlock, g.n1 - n);
+      const int64_t ahead_rows = pairs == 1 || g.across ? 0
+                                 : last                 ? least(kBlock, g.n1 - n - kBlock)
+                                                        : least(kBlock, g.n1 - n);
       for (int64_t pair = 0; pair < pairs; ++pair) {
         const bf16* x0 = g.x + (2 * pair * steps + k) * kTileElements;
         const auto add_pair = pair + 1 < pairs ? add : add_last;

@@ -165,8 +165,34 @@ void outer_block(const Outer<A, P>& g, int64_t i, int64_t j) {
   for (int64_t c = 0; c < least(4, g.i1 - i); ++c) total[c].store_n(g.d + (i + c) * g.r + j, left);
 }
 
+// One row: d[i, j] = dq[i] p[j], C vectors of j at a time, written in order.
+template <int C, class A, class P>
+void outer_row(const Outer<A, P>& g, const A* dq, const A* p, int64_t j, int left) {
+  using V = Vec<A>;
+  V tp[C];
+  for (int c = 0; c < C; ++c)
+    tp[c] = C == 1 && left < V::lanes ? V::load_n(p + j, left) : V::load(p + j + c * V::lanes);
+  for (int64_t i = g.i0; i < g.i1; ++i)
+    for (int c = 0; c < C; ++c) {
+      const V d = V::splat(dq[i]) * tp[c];
+      P* out = g.d + i * g.r + j + c * V::lanes;
+      if (C == 1 && left < V::lanes)
+        d.store_n(out, left);
+      else
+        d.store(out);
+    }
+}
+
 template <class A, class P>
 void outer(const Outer<A, P>& g) {
+  if (g.count == 1) {
+    constexpr int64_t lanes = Vec<A>::lanes;
+    const int64_t at = g.rows ? *g.rows * g.r : 0;
+    int64_t j = 0;
+    for (; j + 4 * lanes <= g.r; j += 4 * lanes) outer_row<4>(g, g.dq + at, g.p + at, j, int(lanes));
+    for (; j < g.r; j += lanes) outer_row<1>(g, g.dq + at, g.p + at, j, int(least(lanes, g.r - j)));
+    return;
+  }
   for (int64_t i = g.i0; i < g.i1; i += 4)
     for (int64_t j = 0; j < g.r; j += Vec<A>::lanes) outer_block(g, i, j);
 }

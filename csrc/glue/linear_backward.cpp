@@ -9,8 +9,8 @@
 namespace loraxs {
 namespace {
 
-bool is_one_pass(const Problem& g, const Tensor& dy, const Tensor& weight) {
-  if (g.empty() || g.mask() != nullptr || !is_one_product(dy, weight)) return false;
+bool is_one_pass(const Problem& g, const Tensor& weight) {
+  if (g.empty() || g.mask() != nullptr || !weight.is_contiguous()) return false;
   bool answer = false;
   visit_dtypes(g, [&](auto types) {
     using T = typename decltype(types)::Element;
@@ -34,7 +34,7 @@ std::tuple<Tensor, Tensor> linear_backward(const Tensor& dy, const MaybeTensor& 
   const int32_t* s = g.slots(slots);
 
   const NoGrad no_grad;
-  const bool one_pass = need_dx && weight && is_one_pass(g, dy, *weight);
+  const bool one_pass = need_dx && weight && is_one_pass(g, *weight);
   Tensor dx = !need_dx              ? empty_cpu({0}, g.dtype)
               : weight && !one_pass ? base_backward(g, dy, *weight)
                                     : empty_rows(dy, g.K.size, g.dtype);
@@ -54,9 +54,9 @@ std::tuple<Tensor, Tensor> linear_backward(const Tensor& dy, const MaybeTensor& 
     using P = typename decltype(types)::Page;
     cpu::backward<T, P>({g.M.size, g.K.size, g.N.size, g.r.size, g.S.size, data<T>(rows), data<T>(a_rows), data<T>(bt),
                          data<P>(page_rows), page_rows.stride(0), s, data<cpu::acc_t<T>>(p_rows),
-                         one_pass ? data<T>(*weight) : nullptr,
-                         need_dx && weight && !one_pass ? data<T>(dx) : nullptr, need_dx ? mutable_data<T>(dx) : nullptr,
-                         need_dpages ? mutable_data<P>(dpages) : nullptr, scale, g.mask(), g.keep_scale});
+                         one_pass ? data<T>(*weight) : nullptr, need_dx && weight && !one_pass ? data<T>(dx) : nullptr,
+                         need_dx ? mutable_data<T>(dx) : nullptr, need_dpages ? mutable_data<P>(dpages) : nullptr,
+                         scale, g.mask(), g.keep_scale});
   });
   return {dx, dpages};
 }

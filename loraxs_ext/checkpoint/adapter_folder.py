@@ -21,9 +21,9 @@ from loraxs_ext.files.safetensors import FLOATS, Place, parse_header, read_heade
 from loraxs_ext.layers import group_of
 from loraxs_ext.layers.tiny import draw_projections
 from loraxs_ext.peft import LoraXSConfig
+from loraxs_ext.peft.patterns import check_patterns
 from loraxs_ext.store import RowLayout, Segment
 
-from .patterns import check_patterns
 from .streaming import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_adapter_config
 
 PREFIX = "base_model.model."

@@ -14,7 +14,8 @@ from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .patterns import check_patterns
+from loraxs_ext.peft.patterns import check_patterns
+
 from .streaming import ADAPTER_WEIGHTS, read_adapter_config
 
 _PREFIX = "base_model.model."

@@ -22,11 +22,11 @@ from loraxs_ext.files import read_json
 from loraxs_ext.layers import LoraXSLayer, LoraXSLinear
 from loraxs_ext.peft import LoraXSConfig
 from loraxs_ext.peft.bases import AdapterBasis
+from loraxs_ext.peft.patterns import check_patterns
 from loraxs_ext.peft.transport import anchors_path
 from loraxs_ext.peft.verify import Mismatch, is_foreign, report
 
 from .model_folder import Target, WeightStream, empty_model, locate, model_config
-from .patterns import check_patterns
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _TASKS = {

@@ -24,6 +24,7 @@ from loraxs_ext.basis.distributed import broadcast_factors, is_running, raise_to
 from loraxs_ext.checkpoint.model_folder import Target, WeightStream, find_targets
 from loraxs_ext.peft import LoraXSConfig
 
+from .folders import DTYPES
 from .summary import ModuleBasis, as_text, needs_matplotlib, plot
 
 HELP = "prepare and cache the bases of a model"
@@ -33,7 +34,7 @@ shard, and keep the results in the cache ($LORAXS_CACHE, by default ~/.cache/lor
 recipe then takes them from there. What is cached is not computed again, so an interrupted run goes on where it was.
 Under torchrun every process computes its share. Exit status: 0 done, 1 failed (the reason is on stderr), 2 wrong usage.
 """
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+_DTYPES = {**DTYPES, "fp64": torch.float64}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

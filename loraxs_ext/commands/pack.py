@@ -17,6 +17,8 @@ from tqdm import tqdm
 from loraxs_ext.checkpoint.packing import find_adapters, manifest_of, pack
 from loraxs_ext.store import AdapterStore, Manifest
 
+from .folders import DTYPES
+
 HELP = "put adapter folders into a store"
 DESCRIPTION = """
 Find the LoRA-XS and TinyLoRA adapters at and below the folders, and put them into an adapter store under their paths
@@ -25,7 +27,7 @@ adapters of another basis, of higher ranks, or with more than R's are reported a
 the same content is left alone, so an interrupted run goes on where it was. Exit status: 0 all are in the store, 1 some
 or all are not (the reasons are on stderr), 2 wrong usage.
 """
-_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8}
+_DTYPES = {**DTYPES, "int8": torch.int8}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

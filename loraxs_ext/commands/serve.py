@@ -11,13 +11,15 @@ from typing import Any, cast
 
 import torch
 
+from .folders import DTYPES
+
 HELP = "serve a model and the adapters of a store over HTTP"
 DESCRIPTION = """
 Serve a base model and any adapters of a store, one of them for each request: model "NAME" is the base model and
 "NAME:ADAPTER" an adapter. Adapters may be added, replaced and deleted meanwhile. SIGTERM or SIGINT ends the server when
 what runs is finished. Exit status: 0 ended in order, 1 failed (the reason is on stderr), 2 wrong usage.
 """
-_DTYPES = {"auto": "auto", "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_DTYPES = {"auto": "auto", **DTYPES}
 _EXTRA = "loraxs serve needs what the extra `serve` installs: pip install 'loraxs-ext[serve]'"
 
 

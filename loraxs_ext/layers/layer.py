@@ -365,6 +365,14 @@ class LoraXSLayer(nn.Module, BaseTunerLayer):
             if adapter_name in self.loraxs_magnitude:
                 self.loraxs_magnitude[adapter_name].to(target)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Routes point at memory of this process, and a copy would keep them when the context ends.
+        if self.route is not None:
+            raise RuntimeError(
+                "model: expected to be copied or saved outside of adapters() and token_slots(), got it inside"
+            )
+        return vars(self)
+
     def _apply(self, fn: Any, recurse: bool = True) -> LoraXSLayer:
         before = self.basis_dtype
         super()._apply(fn, recurse)

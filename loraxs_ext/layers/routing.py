@@ -77,6 +77,7 @@ class Route:
         scale: s of all pages; 1 where every page has its own scaling folded in.
         p_drop: dropout probability on the input of the low-rank path, for training.
         fused: what the layer then calls in eager mode (see `together`); None to look at everything at every call.
+        names: adapters of the layer that this route, or one it stands before, needs as long as it is followed.
     """
 
     rows: Rows
@@ -86,6 +87,7 @@ class Route:
     scale: float = 1.0
     p_drop: float = 0.0
     fused: Callable[[Tensor], Tensor] | None = None
+    names: frozenset[str] = frozenset()
     # Kept with what it was made of.
     _basis: tuple[Tensor | None, Tensor | None, tuple[Tensor, Tensor]] | None = field(
         default=None, init=False, repr=False, compare=False
@@ -107,12 +109,13 @@ def build_route(layer: LoraXSLayer, names: Sequence[str]) -> Route:
     slot_of = {name: slot for slot, name in enumerate(present)}
     device = layer.get_base_layer_device()
     slots = torch.tensor([slot_of.get(name, -1) for name in names], dtype=torch.int32, device=device)
+    outer = frozenset() if layer.route is None else layer.route.names
     if not present:
-        return Route(Rows(slots), None, BASE)
+        return Route(Rows(slots), None, BASE, names=outer)
     widest = max(present, key=layer.r.__getitem__)
     rank = layer.r[widest]
     pages = torch.stack([pad(layer.get_R(name) * layer.scaling[name], rank) for name in present])
-    return Route(Rows(slots), pages, widest, route_scales(layer, present))
+    return Route(Rows(slots), pages, widest, route_scales(layer, present), names=outer.union(present))
 
 
 @contextmanager

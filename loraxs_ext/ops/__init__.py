@@ -60,11 +60,11 @@ def linear(
     """
     if any_autocast_enabled() and wants_autocast(x):
         x, weight, bias, a, b = autocast(x, weight, bias, a, b)
-    args = (x, weight, bias, a, b, pages, slots, scale, p_drop, rng)
     if not is_grad_enabled() or not (
         pages.requires_grad or x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     ):
-        return _linear_output(*args)
+        return _linear_output(x, weight, bias, a, b, pages, slots, scale, p_drop, rng)
+    args = (x, weight, bias, a, b, pages, slots, scale, p_drop, rng)
     return _linear(*args)[0] if is_compiling() else LinearFunction.apply(*args)
 
 

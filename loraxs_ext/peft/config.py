@@ -10,6 +10,7 @@ from peft.config import PeftConfig
 
 from loraxs_ext.basis import Recipe
 
+from .patterns import check_patterns
 from .register import PEFT_TYPE
 
 BasisCheck = Literal["error", "warn", "ignore"]
@@ -79,7 +80,8 @@ class LoraXSConfig(PeftConfig):
             "differentiated" does not.
 
     Raises:
-        ValueError or TypeError: a field is out of range; the message names it, what was expected and what came.
+        ValueError or TypeError: a field is out of range, or has a pattern that could take for ever to match; the
+            message names it, what was expected and what came.
 
     Source: Bałazy, Banaei, Aberer, Tabor: "LoRA-XS: Low-Rank Adaptation with Extremely Small Number of Parameters";
     TinyLoRA: "Learning to Reason in 13 Parameters" (arXiv:2602.04118), in the conventions of PEFT.
@@ -162,6 +164,8 @@ class LoraXSConfig(PeftConfig):
             if isinstance(number, bool) or not isinstance(number, (int, float)):
                 raise TypeError(f"{name}: expected a number, got {number!r}")
             _expect(math.isfinite(number), name, "a finite number", number)
+        # Whoever loads a file of others, it ends up here.
+        check_patterns(vars(self))
         _expect(0.0 <= self.loraxs_dropout < 1.0, "loraxs_dropout", "a probability in [0, 1)", self.loraxs_dropout)
         _expect(self.bias in ("none", "all", "loraxs_only"), "bias", "'none', 'all' or 'loraxs_only'", self.bias)
         if self.use_tinylora:

@@ -186,6 +186,20 @@ class LoraXSModel(BaseTuner):
         with _one_merge_warning():
             return super()._unload_and_optionally_merge(*args, **kwargs)
 
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove the adapter.
+
+        Raises:
+            RuntimeError: it serves rows of an `adapters` context that is open; nothing is removed then.
+            ValueError: there is no such adapter.
+        """
+        if any(layer.route is not None and adapter_name in layer.route.names for layer in _layers(self.model)):
+            raise RuntimeError(
+                f"adapter_name: expected an adapter that no open adapters() context serves, got {adapter_name!r}; "
+                f"leave the context before you delete it"
+            )
+        super().delete_adapter(adapter_name)
+
     def add_weighted_adapter(
         self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "linear"
     ) -> None:

@@ -205,9 +205,7 @@ class AdapterPool:
         self.close()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # A copied or unpickled model has no pool, and should have no routes either.
-        if any(layer.route is not None for layer in self.layers):
-            raise RuntimeError("model: expected to be copied outside of adapters() and token_slots(), got it inside")
+        # A copied or unpickled model has no pool.
         return type(None), ()
 
     @contextmanager

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from ..peft.models import Case, layers_of, logits
+from ..peft.models import CASES, Case, layers_of, logits
 
 
 class Folders(NamedTuple):
@@ -44,3 +47,12 @@ def save(case: Case, path: Path, *, dtype: torch.dtype = torch.float32, shard: s
                 parameter.add_(torch.randn_like(parameter) * 0.3)
     model.save_pretrained(folders.adapter)
     return folders
+
+
+@contextmanager
+def saved(path: Path) -> Iterator[Folders]:
+    """A decoder and an adapter of it, for several tests; inside, bases come from a cache beside them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LORAXS_CACHE", str(path / "cache"))
+        torch.manual_seed(0)
+        yield save(CASES["llama"], path, shard="1MB")

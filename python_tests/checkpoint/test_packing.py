@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +17,11 @@ from loraxs_ext.checkpoint.packing import find_adapters, manifest_of, pack, row_
 from loraxs_ext.store import AdapterStore, dequantise, quantise
 
 from ..peft.models import CASES
-from .folders import Folders, save
+from .folders import Folders
 
 pytest.importorskip("lmdb")
 
 CASE = CASES["llama"]
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Folders]:
-    """A base and an adapter of it."""
-    path = tmp_path_factory.mktemp("made")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LORAXS_CACHE", str(path / "cache"))
-        torch.manual_seed(0)
-        yield save(CASE, path, shard="1MB")
 
 
 def another(made: Folders, path: Path, **config: Any) -> Path:

@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from peft import PeftConfig
 from peft.utils.other import get_pattern_key
 
 from loraxs_ext.checkpoint.lora_folder import read_lora
 from loraxs_ext.checkpoint.packing import manifest_of
-from loraxs_ext.checkpoint.patterns import check_patterns
+from loraxs_ext.peft import LoraXSConfig
+from loraxs_ext.peft.patterns import check_patterns
 
-from ..peft.models import CASES
-from .folders import Folders, save
+from .folders import Folders
 from .test_packing import another, rewrite
 
 # Of the names of modules, this one tries every cut.
@@ -38,15 +38,6 @@ def hard_timeout() -> Iterator[None]:
     yield
     signal.alarm(0)
     signal.signal(signal.SIGALRM, before)
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Folders:
-    path = tmp_path_factory.mktemp("made")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LORAXS_CACHE", str(path / "cache"))
-        torch.manual_seed(0)
-        return save(CASES["llama"], path)
 
 
 def in_field(field: str, pattern: str) -> dict[str, Any]:
@@ -137,6 +128,14 @@ def test_a_folder_is_refused_by_name(made: Folders, tmp_path: Path, field: str) 
     folder = rewrite(another(made, tmp_path / "one"), tmp_path / "bad", **in_field(field, HANGS))
     with pytest.raises(ValueError, match=rf"bad.*{field}: expected patterns .* got {re.escape(repr(HANGS))}"):
         manifest_of(folder)
+
+
+@pytest.mark.parametrize("kind", [LoraXSConfig, PeftConfig])
+@pytest.mark.parametrize("field", FIELDS)
+def test_a_configuration_on_its_own_too(made: Folders, tmp_path: Path, kind: type[PeftConfig], field: str) -> None:
+    folder = rewrite(made.adapter, tmp_path / "bad", **in_field(field, HANGS))
+    with pytest.raises(ValueError, match=rf"{field}: expected patterns .* got {re.escape(repr(HANGS))}"):
+        kind.from_pretrained(folder)
 
 
 def test_a_plain_lora_too(made: Folders, tmp_path: Path) -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import gc
-import pickle
 import threading
 import weakref
 
@@ -18,6 +16,7 @@ from loraxs_ext.layers import LoraXSLinear, routed, share_projections
 from loraxs_ext.layers import linear as linear_module
 from loraxs_ext.layers import stacked as stacked_module
 
+from ..copies import COPIERS
 from .helpers import K, add, expected_output, make_layer
 
 TOKENS = 10
@@ -267,14 +266,12 @@ def test_two_threads_do_not_take_each_others_projection():
     assert not wrong
 
 
-@pytest.mark.parametrize(
-    "copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"]
-)
-def test_copies_start_alone(copied):
+@pytest.mark.parametrize("copier", COPIERS)
+def test_copies_start_alone(copier):
     model = shared(Attention())
     x = torch.randn(TOKENS, K)
     y = model(x)
-    twin = copied(model)
+    twin = copier(model)
     assert twin.q.siblings is None
     close(twin(x), y)
 

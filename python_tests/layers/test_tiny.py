@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import pickle
-
 import pytest
 import torch
 from torch import nn
@@ -12,6 +9,7 @@ from torch import nn
 from loraxs_ext.layers import TinyCore, TinyOptions, group_of, routed, tie
 from loraxs_ext.layers.tiny import draw_projections, initial_vector
 
+from ..copies import COPIERS
 from .helpers import K, add, base_weight, dense_delta, make_layer
 
 R, U = 4, 3
@@ -90,7 +88,7 @@ def test_tied_cores_have_one_vector_and_their_gradients_add_up():
     torch.testing.assert_close(cores[0].v.grad, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("copier", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize("copier", COPIERS)
 def test_copies_are_tied_among_themselves(copier):
     cores = nn.ModuleList(make_core(seed) for seed in (7, 8))
     tie(list(cores), 1.0)

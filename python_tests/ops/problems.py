@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import pytest
@@ -161,3 +163,14 @@ def assert_within_twice(got: Tensor, plain: Tensor, exact: Tensor, what: str) ->
     floor = 3 * torch.finfo(accumulate_dtype(got.dtype)).eps
     ours, theirs = error(got, exact), error(plain, exact)
     assert ours <= 2 * theirs + floor, f"{what}: error {ours:.3e} exceeds twice plain torch's {theirs:.3e}"
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Torch computes with that many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -29,6 +30,8 @@ SHAPES = {
     "one token": (1, 2049, 130, 16, 1),
     "three tokens, rank 1": (3, 17, 3, 1, 2),
     "part of a tile": (9, 100, 65, 33, 4),
+    "few tokens, long sums in the gradient": (11, 131, 700, 6, 4),
+    "few tokens, several strips of the gradient": (12, 2100, 40, 3, 2),
     "one tile and a row": (17, 1090, 47, 16, 3),
     "two tiles and a row": (33, 64, 2049, 5, 3),
     "whole tiles": (64, 128, 192, 64, 5),
@@ -63,6 +66,39 @@ def test_error_within_twice_plain_torch(level, dtype, shape, slots):
     assert_within_twice(p, p_plain, p64, "p")
     assert_within_twice(dx, dx_plain, dx64, "dx")
     assert_within_twice(dpages, dpages_plain, dpages64, "dpages")
+
+
+@pytest.mark.parametrize("p_drop", [0.0, 0.3])
+@pytest.mark.parametrize("shape", ["one token", "whole tiles"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+def test_output_alone_is_the_same(level, dtype, shape, p_drop):
+    problem = make(SHAPES[shape], DTYPES[dtype], slots="mixed", p_drop=p_drop)
+    assert torch.equal(
+        torch.ops.loraxs._linear_output(*problem.forward_args()), torch.ops.loraxs.linear(*problem.forward_args())[0]
+    )
+
+
+def test_sums_in_parts_are_the_same_sums(level):
+    # So many tokens take a part of a long sum at once, fewer the whole: the order of the sum is one and the same.
+    if not level.startswith(("avx512", "amx")):
+        pytest.skip("torch forms the base product at this level")
+    many = make((400, 2600, 50, 20, 3), slots="mixed")
+    few = replace(many, x=many.x[:40], slots=many.slots[:40])
+    for all_rows, first_rows in zip(
+        torch.ops.loraxs.linear(*many.forward_args()), torch.ops.loraxs.linear(*few.forward_args()), strict=True
+    ):
+        assert torch.equal(all_rows[:40], first_rows)
+
+
+@pytest.mark.parametrize("M", [1, 5, 12])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16", "fp64"])
+def test_infinities_in_the_weight_reach_the_gradient(level, dtype, M):
+    # The last block of rows of W is not whole: what stands for the missing ones must not turn an infinity into NaN.
+    problem = make((M, 70, 43, 4, 1), DTYPES[dtype])
+    problem.weight[42, 7] = float("inf")
+    _, p = torch.ops.loraxs.linear(*problem.forward_args())
+    dx, _ = torch.ops.loraxs.linear_backward(*problem.backward_args(p))
+    assert torch.isinf(dx[:, 7]).all() and torch.isfinite(dx[:, :7]).all() and torch.isfinite(dx[:, 8:]).all()
 
 
 @pytest.mark.parametrize("M", [1, 8, 40])

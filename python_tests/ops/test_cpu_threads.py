@@ -2,31 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import pytest
 import torch
 
 from loraxs_ext import ops
 
-from .problems import DTYPES, make
+from .problems import DTYPES, make, threads
 
 if not ops.backends.COMPILED:
     pytest.skip("the compiled ops are not built", allow_module_level=True)
 
 # Large enough to leave the inline path: rows dealt out to threads; ranks and columns dealt out; both with remainders.
 SHAPES = {"rows": (130, 320, 200, 20, 4), "columns": (5, 2049, 3000, 40, 3)}
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from loraxs_ext.ops import reference
 
-from .problems import assert_within_twice
+from .problems import assert_within_twice, threads
 
 gram_product = torch.ops.loraxs.gram_product.default
 
@@ -48,14 +48,10 @@ def test_any_strides() -> None:
 
 def test_threads_and_batches_change_no_bit() -> None:
     x, weight = problem(3, 8, 500, 300)
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
+    with threads(1):
         alone = gram_product(x, weight)
-        torch.set_num_threads(2)
+    with threads(2):
         assert torch.equal(gram_product(x, weight), alone)
-    finally:
-        torch.set_num_threads(before)
     assert torch.equal(gram_product(x[1:2], weight[1:2]), alone[1:2])
 
 

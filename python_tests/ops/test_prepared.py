@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib import import_module
 from threading import Thread
 
@@ -13,6 +11,8 @@ import torch
 from torch import Tensor
 
 from loraxs_ext import ops
+
+from .problems import threads
 
 if not ops.backends.COMPILED:
     pytest.skip("the compiled ops are not built, or LORAXS_BACKEND chooses plain torch", allow_module_level=True)
@@ -64,16 +64,6 @@ def is_fused(dtype: torch.dtype) -> bool:
 
 
 needs_fused = pytest.mark.skipif(not is_fused(torch.float32), reason="no fused product in fp32 on this CPU")
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("dtype", NATIVE, ids=str)

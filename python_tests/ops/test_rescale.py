@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from loraxs_ext import ops
 from loraxs_ext.ops import reference
 
-from .problems import DTYPES, assert_within_twice
+from .problems import DTYPES, assert_within_twice, threads
 
 HALF_OR_SINGLE = ["fp32", "bf16", "fp16"]
 SLOTS = [None, "mixed", "base", "skewed"]
@@ -299,13 +299,10 @@ if ops.backends.COMPILED:
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_thread_count_does_not_change_a_bit(dtype):
         p = make_rescaling((333, 520, 3), DTYPES[dtype], slots="mixed")
-        before, results = torch.get_num_threads(), []
-        try:
-            for count in (1, 2, 3, 7):
-                torch.set_num_threads(count)
+        results = []
+        for count in (1, 2, 3, 7):
+            with threads(count):
                 y = torch.ops.loraxs.rescale(*p.args())
                 results.append((y, *torch.ops.loraxs.rescale_backward(*p.backward_args())))
-        finally:
-            torch.set_num_threads(before)
         for others in results[1:]:
             assert all(torch.equal(s, t) for s, t in zip(results[0], others, strict=True))

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from loraxs_ext import ops
 from loraxs_ext.ops import reference
 
-from .problems import DTYPES, assert_within_twice
+from .problems import DTYPES, assert_within_twice, threads
 
 # (N, K, r, S): one row, rank 1, ranks that are no power of two, more slots than rows.
 SHAPES = {
@@ -298,12 +298,9 @@ if ops.backends.COMPILED:
     def test_thread_count_does_not_change_a_bit(dtype, form):
         # Enough rows and ranks for both steps to be dealt out, with remainders.
         p = make_scaling((600, 110, 100, 3), form).to(DTYPES[dtype])
-        before, results = torch.get_num_threads(), []
-        try:
-            for count in (1, 2, 3, 7):
-                torch.set_num_threads(count)
+        results = []
+        for count in (1, 2, 3, 7):
+            with threads(count):
                 results.append(torch.ops.loraxs.row_scale(*p.args()))
-        finally:
-            torch.set_num_threads(before)
         for others in results[1:]:
             assert all(torch.equal(s, t) for s, t in zip(results[0], others, strict=True))

@@ -122,6 +122,17 @@ def alone(model: PeftModel, name: str, call: Callable[[], Tensor]) -> Tensor:
         model.set_adapter("default")
 
 
+def assert_rows_as_alone(model: PeftModel, case: Case, names: list[str]) -> None:
+    """A mixed batch of a decoder gives every row what it gets with its adapter alone, nearly; generate() takes it."""
+    inputs = case.inputs(len(names))
+    mixed = logits(model, inputs, adapter_names=names)
+    for row, name in enumerate(names):
+        expected = alone(model, name, lambda: logits(model, inputs))
+        torch.testing.assert_close(mixed[row], expected[row], rtol=1e-4, atol=1e-4)
+    tokens = model.generate(**inputs, adapter_names=names, max_new_tokens=3, do_sample=False)
+    assert tokens.shape == (len(names), inputs["input_ids"].shape[1] + 3)
+
+
 def layers_of(model: nn.Module) -> list[LoraXSLayer]:
     """The LoRA-XS layers of a model."""
     return [module for module in model.modules() if isinstance(module, LoraXSLayer)]

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, 
 
 from loraxs_ext.layers.repacking import is_repacked, unpack
 
-from .models import CASES, alone, layers_of, logits, train
+from .models import CASES, assert_rows_as_alone, layers_of, logits, train
 
 bnb = pytest.importorskip("bitsandbytes")
 
@@ -82,13 +82,7 @@ def test_train_save_load(kind, tmp_path):
 def test_mixed_batch_equals_each_row_alone(kind):
     model = adapted(kind)
     model.add_adapter("second", CASE.config(r=6, init_seed=1))
-    names = ["default", "__base__", "second", "default"]
-    mixed = logits(model, CASE.inputs(), adapter_names=names)
-    for row, name in enumerate(names):
-        expected = alone(model, name, lambda: logits(model, CASE.inputs()))
-        torch.testing.assert_close(mixed[row], expected[row], rtol=1e-4, atol=1e-4)
-    tokens = model.generate(**CASE.inputs(), adapter_names=names, max_new_tokens=3, do_sample=False)
-    assert tokens.shape == (4, 9)
+    assert_rows_as_alone(model, CASE, ["default", "__base__", "second", "default"])
 
 
 @pytest.mark.parametrize("options", [{"load_in_8bit": True}, {"load_in_4bit": True}], ids=["int8", "fp4"])

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import copy
-import pickle
-
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
 
 from loraxs_ext.peft import LoraXSConfig
 
+from ..copies import COPIERS
 from .models import Case, layers_of, logits, train
 
 
@@ -104,7 +102,7 @@ def test_checkpoint_saved_while_merged_is_the_adapter(case: Case, tmp_path):
     assert torch.equal(logits(PeftModel.from_pretrained(case.base(), tmp_path), case.inputs()), adapted)
 
 
-@pytest.mark.parametrize("copier", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize("copier", COPIERS)
 def test_copies_are_independent(case: Case, copier):
     model = case.model()
     expected = logits(model, case.inputs())

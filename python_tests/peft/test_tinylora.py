@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import json
-import pickle
 import shutil
 import warnings
 
@@ -22,6 +20,7 @@ import loraxs_ext.peft.bases as bases
 from loraxs_ext.layers import TinyCore
 from loraxs_ext.peft import LoraXSConfig
 
+from ..copies import COPIERS
 from .models import CASES, Case, alone, layers_of, logits, train
 from .test_checkpoint import ROUTES, flipped
 from .test_training import arguments, one_process, rows
@@ -174,7 +173,7 @@ def test_disable_merge_and_unload(case: Case):
     same(logits(merged, inputs), adapted)
 
 
-@pytest.mark.parametrize("copier", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize("copier", COPIERS)
 def test_copies_are_independent(case: Case, copier):
     model = case.model()
     expected = logits(model, case.inputs())

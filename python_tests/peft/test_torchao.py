@@ -11,7 +11,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, TorchAoConfig
 
-from .models import CASES, alone, layers_of, logits, train
+from .models import CASES, assert_rows_as_alone, layers_of, logits, train
 
 quantization = pytest.importorskip("torchao.quantization")
 
@@ -68,13 +68,7 @@ def test_mixed_batch_equals_each_row_alone(folder, scheme):
     model = get_peft_model(quantized(folder, scheme), CASE.config()).eval()
     model.add_adapter("second", CASE.config(r=6, init_seed=1))
     model.base_model.add_weighted_adapter(["default", "second"], [0.5, 0.5], "sum")
-    names = ["default", "__base__", "second", "sum"]
-    mixed = logits(model, CASE.inputs(), adapter_names=names)
-    for row, name in enumerate(names):
-        expected = alone(model, name, lambda: logits(model, CASE.inputs()))
-        torch.testing.assert_close(mixed[row], expected[row], rtol=1e-4, atol=1e-4)
-    tokens = model.generate(**CASE.inputs(), adapter_names=names, max_new_tokens=3, do_sample=False)
-    assert tokens.shape == (4, 9)
+    assert_rows_as_alone(model, CASE, ["default", "__base__", "second", "sum"])
 
 
 def test_merge_quantises_once_more_and_unmerge_restores_every_bit(folder, scheme):

@@ -136,31 +136,36 @@ class Running:
 
 
 @contextmanager
-def running(
-    site: Site, *, limits: Limits | None = None, keys: bool = True, grace: int = 10, **options
-) -> Iterator[Running]:
-    """A server of a site, until the context ends."""
+def built(site: Site, *, limits: Limits | None = None, keys: bool = True, **options) -> Iterator[Service]:
+    """What a server of a site serves, until the context ends."""
     with AdapterStore(site.store) as store:
         base = type(site.oracle.get_base_model()).from_pretrained(site.model).eval()
         settings = {"slots": 3, "cache_tokens": 2048, "batch_tokens": 64, **options}
         if keys:
             settings |= {"api_keys": Keys([API_KEY]), "admin_keys": Keys([ADMIN_KEY])}
         with build(base, tokenizer(), store, name="tiny", limits=limits or Limits(), **settings) as service:
-            server = Server(service, "127.0.0.1", 0, grace)
-            thread = threading.Thread(target=server.run)
+            yield service
 
-            def stop() -> None:
-                server.handle_exit(signal.SIGTERM, None)
 
-            thread.start()
-            try:
-                while not server.started and thread.is_alive():
-                    time.sleep(0.01)
-                port = server.servers[0].sockets[0].getsockname()[1]
-                yield Running(service, f"http://127.0.0.1:{port}", stop)
-            finally:
-                stop()
-                thread.join()
+@contextmanager
+def running(site: Site, *, grace: int = 10, **options) -> Iterator[Running]:
+    """A server of a site, until the context ends; options as for `built`."""
+    with built(site, **options) as service:
+        server = Server(service, "127.0.0.1", 0, grace)
+        thread = threading.Thread(target=server.run)
+
+        def stop() -> None:
+            server.handle_exit(signal.SIGTERM, None)
+
+        thread.start()
+        try:
+            while not server.started and thread.is_alive():
+                time.sleep(0.01)
+            port = server.servers[0].sockets[0].getsockname()[1]
+            yield Running(service, f"http://127.0.0.1:{port}", stop)
+        finally:
+            stop()
+            thread.join()
 
 
 def send(server: Running, method: str, path: str, body=None, key: str = API_KEY, **headers):

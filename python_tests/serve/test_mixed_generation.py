@@ -160,6 +160,21 @@ def test_a_plain_peft_model(scene: Scene):
             logits(scene.oracle, scene.case.inputs(8))
 
 
+def test_an_adapter_that_is_served_is_not_deleted(llama: Scene):
+    """Without a pool, its R is the model's own; in an outer context as in the innermost."""
+    model, inputs = llama.oracle, llama.case.inputs(2)
+    with loraxs_ext.adapters(model, ["wide", "plain"]):
+        mixed = logits(model, inputs)
+        with loraxs_ext.adapters(model, ["plain", None]):
+            for name in ("wide", "plain"):
+                with pytest.raises(RuntimeError, match=f"adapter_name: expected .* got '{name}'; leave the context"):
+                    model.delete_adapter(name)
+        model.delete_adapter("narrow")
+        assert torch.equal(logits(model, inputs), mixed)
+    model.delete_adapter("wide")
+    assert set(model.peft_config) == {"default", "plain"}
+
+
 def test_a_model_without_adapters_is_refused(llama: Scene):
     with pytest.raises(ValueError, match="expected one with an AdapterPool"), loraxs_ext.adapters(llama.base, NAMES):
         pass

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import copy
-import io
-import pickle
 
 import pytest
 import torch
@@ -15,6 +12,7 @@ import loraxs_ext
 from loraxs_ext.serve import AdapterPool
 from loraxs_ext.serve.pool import pool_of
 
+from ..copies import COPIERS
 from ..peft.models import CASES, logits
 from .scenes import NAMES, Scene
 
@@ -53,17 +51,9 @@ def test_a_peft_model_is_saved_without_its_pool(llama: Scene, tmp_path):
         assert found and not any("pool" in name for name in found)
 
 
-@pytest.mark.parametrize("way", ["deepcopy", "pickle", "torch.save"])
-def test_a_copy_is_the_base_model(llama: Scene, way):
-    if way == "deepcopy":
-        twin = copy.deepcopy(llama.model)
-    elif way == "pickle":
-        twin = pickle.loads(pickle.dumps(llama.model))
-    else:
-        file = io.BytesIO()
-        torch.save(llama.model, file)
-        file.seek(0)
-        twin = torch.load(file, weights_only=False)
+@pytest.mark.parametrize("copier", COPIERS)
+def test_a_copy_is_the_base_model(llama: Scene, copier):
+    twin = copier(llama.model)
     assert torch.equal(logits(twin, INPUTS), logits(llama.base, INPUTS))
     assert pool_of(twin) is None and twin.state_dict().keys() == llama.base.state_dict().keys()
     with pytest.raises(ValueError, match="non-existing adapter"), loraxs_ext.adapters(twin, NAMES):
@@ -71,12 +61,14 @@ def test_a_copy_is_the_base_model(llama: Scene, way):
     assert torch.equal(served(llama.model), served(llama.model))
 
 
-def test_a_copy_from_inside_of_a_context_is_refused(llama: Scene):
-    with loraxs_ext.adapters(llama.model, NAMES):
-        with pytest.raises(RuntimeError, match="^model: expected to be copied outside"):
-            copy.deepcopy(llama.model)
-        with pytest.raises((RuntimeError, AttributeError, pickle.PicklingError)):
-            torch.save(llama.model, io.BytesIO())
+@pytest.mark.parametrize("copier", COPIERS)
+def test_a_copy_from_inside_of_a_context_is_refused(llama: Scene, copier):
+    """With a pool, and in a PEFT model without one."""
+    for model in (llama.model, llama.oracle):
+        with loraxs_ext.adapters(model, NAMES):
+            with pytest.raises(RuntimeError, match="^model: expected to be copied or saved outside of adapters()"):
+                copier(model)
+        assert torch.equal(served(copier(llama.oracle)), served(llama.oracle))
 
 
 @pytest.mark.parametrize(

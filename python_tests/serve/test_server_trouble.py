@@ -1,8 +1,10 @@
-"""A server whose cache is too small, one whose engine breaks, and clients that leave before they have a slot."""
+"""A server whose cache is too small, one whose engine breaks, one that is ended early, and clients that leave early."""
 
 from __future__ import annotations
 
+import asyncio
 import json
+import signal
 import socket
 import time
 import warnings
@@ -12,9 +14,23 @@ from urllib.parse import urlparse
 
 import pytest
 
+from loraxs_ext.serve.server.api import create_app
+from loraxs_ext.serve.server.batching import SlotBatching
 from loraxs_ext.serve.server.limits import Limits
+from loraxs_ext.serve.server.listening import Server, serve
 
-from .server_scenes import ADAPTERS, API_KEY, APIError, InternalServerError, Site, make_site, model_of, running, send
+from .server_scenes import (
+    ADAPTERS,
+    API_KEY,
+    APIError,
+    InternalServerError,
+    Site,
+    built,
+    make_site,
+    model_of,
+    running,
+    send,
+)
 
 PROMPT = "word5 word6 word7"
 
@@ -119,3 +135,45 @@ def test_of_a_request_that_is_taken_in_part_nothing_is_computed(site: Site, monk
         assert len(cancelled) == 1
         until(lambda: engine.running == 0)
         assert engine.pool.stats()["in_use"] == 0
+
+
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_that_comes_before_the_loop_is_not_lost(site: Site, monkeypatch, sign: signal.Signals):
+    before, run = signal.getsignal(sign), Server.run
+
+    def run_late(server: Server) -> None:
+        signal.raise_signal(sign)
+        assert server.should_exit
+        run(server)
+
+    monkeypatch.setattr(Server, "run", run_late)
+    with built(site) as service:
+        assert serve(service, "127.0.0.1", 0, 10) == 0
+        assert service.draining and not service.engine.alive
+    assert signal.getsignal(sign) is before
+
+
+def test_a_start_that_is_cancelled_leaves_no_thread(site: Site, monkeypatch):
+    """It would keep the process alive. asyncio.run cancels what runs when Ctrl-C comes, and uvicorn is not alone."""
+    monkeypatch.setattr(SlotBatching, "capacity", 0)  # It is never ready.
+
+    async def start_and_cancel() -> None:
+        app, batching = create_app(service), service.engine._batching
+
+        async def run() -> None:
+            async with app.router.lifespan_context(app):
+                pass
+
+        starting = asyncio.create_task(run())
+        try:
+            while not batching.is_running():
+                await asyncio.sleep(0.01)
+            starting.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await starting
+            assert not batching.is_running()
+        finally:
+            await service.engine.stop()
+
+    with built(site) as service:
+        asyncio.run(start_and_cancel())

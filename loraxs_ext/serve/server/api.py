@@ -31,8 +31,9 @@ def create_app(service: Service) -> Starlette:
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
-        await service.engine.start()
         try:
+            # Its thread is there before `start` returns, which may be cancelled.
+            await service.engine.start()
             yield
         finally:
             await service.engine.stop()

@@ -60,9 +60,13 @@ class Server(uvicorn.Server):
 def serve(service: Service, host: str, port: int, grace: int) -> int:
     """Serve until SIGTERM or SIGINT, and then until what runs is finished; the exit status."""
     server = Server(service, host, port, grace)
-    for sign in (signal.SIGINT, signal.SIGTERM):
-        # uvicorn raises a signal once more when it has ended in order; that is no failure.
-        signal.signal(sign, lambda *_: None)
-    server.run()
+    # uvicorn handles a signal from when its loop runs, and raises it once more when it has ended in order: the first
+    # must not be lost, and the second is no failure.
+    before = {sign: signal.signal(sign, server.handle_exit) for sign in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        server.run()
+    finally:
+        for sign, handler in before.items():
+            signal.signal(sign, handler)
     log("ended")
     return 0 if server.started else 1

@@ -15,9 +15,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from loraxs_ext.basis import Recipe
-from loraxs_ext.checkpoint.patterns import check_patterns
 from loraxs_ext.checkpoint.streaming import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_adapter_config
 from loraxs_ext.peft import LoraXSConfig
+from loraxs_ext.peft.patterns import check_patterns
 from loraxs_ext.store import AdapterRow, AdapterStore, RowLayout, Segment
 
 _PREFIX, _CORE = "base_model.model.", ".loraxs_R."

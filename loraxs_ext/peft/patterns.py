@@ -42,7 +42,7 @@ def check_patterns(fields: Mapping[str, Any], names: Collection[str] | None = No
     rows of `.*` or of alternatives, go beyond any limit; names, and alternatives and some `.*` between them, don't.
 
     Args:
-        fields: of an adapter_config.json.
+        fields: of a configuration, or of its file.
         names: that will be looked up; None for one of usual length.
 
     Raises:
