@@ -40,8 +40,9 @@ class CMakeBuild(build_ext):
             import torch
         except ImportError as error:
             raise SystemExit(
-                f"loraxs-ext compiles against the torch you have, and {error.name} is not importable here: "
-                "install torch and pybind11 first, then run `pip install --no-build-isolation .`"
+                f"loraxs-ext compiles against the torch you have, and {error.name} is not importable here: install "
+                'torch first, then run `pip install "setuptools>=77" wheel cmake ninja pybind11` and '
+                "`pip install --no-build-isolation .`"
             ) from None
 
         output = Path(self.get_ext_fullpath(ext.name)).parent.resolve()

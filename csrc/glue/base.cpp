@@ -11,7 +11,8 @@ namespace {
 Tensor as_matrix(const Tensor& t, int64_t rows, int64_t cols, int64_t row_stride, int64_t col_stride) {
   const int64_t sizes[] = {rows, cols}, strides[] = {row_stride, col_stride};
   AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(t.get(), 2, sizes, strides, t.storage_offset(), &handle));
+  // The offset is counted from where t begins, whatever the shim's header calls it.
+  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(t.get(), 2, sizes, strides, 0, &handle));
   return Tensor(handle);
 }
 

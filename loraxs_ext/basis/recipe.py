@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from numbers import Integral, Real
 from typing import Any, Literal, get_args
 
 SigmaPlacement = Literal["A", "sqrt", "B"]
@@ -44,6 +45,7 @@ class Recipe:
 
     Raises:
         ValueError: a field is outside its choices or range.
+        TypeError: a field that is a number is none, or no whole one.
     """
 
     sigma: SigmaPlacement = "A"
@@ -69,6 +71,12 @@ class Recipe:
                 raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
         if self.svd == "reference" and self.vectors != "top":
             raise ValueError(f"svd='reference' has the top vectors only, got vectors={self.vectors!r}")
+        for name in ("n_oversamples", "max_iter", "seed", "sklearn_n_iter", "sklearn_random_state", "sketch_version"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, Integral):
+                raise TypeError(f"{name} must be an int, got {value!r}")
+        if isinstance(self.tol, bool) or not isinstance(self.tol, Real):
+            raise TypeError(f"tol must be a number, got {self.tol!r}")
         for name in ("n_oversamples", "max_iter"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")

@@ -70,8 +70,8 @@ def compare_sketches(stored: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
     signs = torch.where((ours[:-1] * theirs[:-1]).sum(0) < 0, -1.0, 1.0)
     apart = torch.linalg.vector_norm(theirs[:-1] - signs * ours[:-1], dim=0)
     size = torch.maximum(torch.linalg.vector_norm(theirs[:-1], dim=0), torch.linalg.vector_norm(ours[:-1], dim=0))
-    # Nulls compare as equal to nulls: both sketches then hold the same fixed completion, or zeros.
-    turned = torch.where(size > 0, apart / size.clamp_min(1e-300), 0.0)
+    # Nulls compare as equal to nulls: both sketches then hold the same fixed completion, or zeros. NaN equals nothing.
+    turned = torch.where(size == 0, 0.0, apart / size)
     larger = torch.maximum(theirs[-1].abs(), ours[-1].abs())
-    stretched = torch.where(larger > 0, (theirs[-1] - ours[-1]).abs() / larger.clamp_min(1e-300), 0.0)
+    stretched = torch.where(larger == 0, 0.0, (theirs[-1] - ours[-1]).abs() / larger)
     return signs.float(), torch.maximum(turned, stretched).nan_to_num(nan=math.inf).float()

@@ -50,6 +50,7 @@ class LoraXSLayer(nn.Module, BaseTunerLayer):
         "lora_alpha",
         "scaling",
         "initial_scaling",
+        "multiplier",
         "loraxs_dropout",
         "basis_policy",
     )
@@ -83,6 +84,7 @@ class LoraXSLayer(nn.Module, BaseTunerLayer):
         self.lora_alpha: dict[str, float] = {}
         self.scaling: dict[str, float] = {}
         self.initial_scaling: dict[str, float] = {}
+        self.multiplier: dict[str, float] = {}
         self.basis_policy: dict[str, BasisPolicy] = {}
         self.loraxs_dropout = nn.ModuleDict({})
         self.loraxs_R = nn.ModuleDict({})
@@ -179,8 +181,7 @@ class LoraXSLayer(nn.Module, BaseTunerLayer):
             raise TypeError(f"use_tinylora: {self.key}: expected one matrix, got a stack of {self.num_experts}")
         rank = min(r, self.in_features, self.out_features)
         self.r[adapter] = rank
-        self.lora_alpha[adapter] = lora_alpha
-        self.scaling[adapter] = self.initial_scaling[adapter] = lora_alpha / (math.sqrt(r) if use_rslora else r)
+        self.set_alpha(adapter, lora_alpha, lora_alpha / (math.sqrt(r) if use_rslora else r))
         self.basis_policy[adapter] = policy
         self.loraxs_dropout[adapter] = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
         dtype = torch.float64 if self.basis_dtype == torch.float64 else torch.float32
@@ -321,24 +322,35 @@ class LoraXSLayer(nn.Module, BaseTunerLayer):
     def check_mergeable(self) -> None:
         """Raise if there is no weight that could take the adapters up. May be overridden."""
 
+    def set_alpha(self, adapter: str, lora_alpha: float, scaling: float) -> None:
+        """Set alpha of `adapter` and the scaling that follows from it, which nothing multiplies any more."""
+        self.lora_alpha[adapter], self.multiplier[adapter] = lora_alpha, 1.0
+        self.scaling[adapter] = self.initial_scaling[adapter] = scaling
+
+    def is_rescaled(self, adapter: str) -> bool:
+        """Whether the scaling was written past the methods below; PEFT's hotswap does that."""
+        return self.scaling[adapter] != self.multiplier[adapter] * self.initial_scaling[adapter]
+
     def set_scale(self, adapter: str, scale: float) -> None:
         """Scaling of `adapter` = `scale` times its initial scaling; an adapter this layer lacks is ignored."""
         if adapter in self.scaling:
+            self.settle(adapter)
+            self.multiplier[adapter] = scale
             self.scaling[adapter] = scale * self.initial_scaling[adapter]
 
     def scale_layer(self, scale: float) -> None:
         """Multiply the scaling of the active adapters."""
         for adapter in self.active_adapters:
             if adapter in self.scaling:
-                self.scaling[adapter] *= scale
+                self.settle(adapter)
+                self.set_scale(adapter, self.multiplier[adapter] * scale)
 
     def unscale_layer(self, scale: float | None = None) -> None:
         """Divide the scaling of the active adapters; None resets it to the initial one."""
         for adapter in self.active_adapters:
-            if scale is None:
-                self.set_scale(adapter, 1.0)
-            elif adapter in self.scaling:
-                self.scaling[adapter] /= scale
+            if adapter in self.scaling:
+                self.settle(adapter)
+                self.set_scale(adapter, 1.0 if scale is None else self.multiplier[adapter] / scale)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """True: W' = W + ΔW. lora_A = R A and lora_B = B is the same adapter; with a magnitude, a ΔW of full rank is

@@ -19,7 +19,8 @@ from loraxs_ext.basis import BasisFile, Factors, Recipe
 from loraxs_ext.basis.anchor import SAME_ORIGIN
 from loraxs_ext.layers import Core, LoraXSLayer, complete
 
-from .config import BasisCheck
+from .config import BasisCheck, LoraXSConfig
+from .swapping import settle_scaling
 from .transport import Restored, Source, anchors_path, remember, restore, transport
 from .verify import Mismatch, current_factors, flip_signs, is_foreign, measure, record, report
 from .weights import compute_bases, load_weight
@@ -43,6 +44,7 @@ class AdapterBasis:
         check: what to do when a loaded R was trained on another basis.
         tol: largest accepted difference, as `measure` gives it.
         basis_file: path of a file of bases, or anchors, of the model; None for none.
+        config: of the adapter, whose alpha follows a hot swap; None where there are none.
         layers: the layers that were given the adapter. Weak references: unloading frees layer after layer.
     """
 
@@ -51,6 +53,7 @@ class AdapterBasis:
     check: BasisCheck
     tol: float
     basis_file: str | None = None
+    config: LoraXSConfig | None = None
     layers: weakref.WeakSet[LoraXSLayer] = field(default_factory=weakref.WeakSet)
 
     def settle(self, layer: LoraXSLayer | None = None) -> None:
@@ -64,6 +67,8 @@ class AdapterBasis:
         """
         if layer is not None:
             self.layers.add(layer)
+        if self.config is not None:
+            settle_scaling(self.config, [m for m in self.layers if self.adapter in m.loraxs_R], self.adapter)
         pending = sorted((m for m in self._sites() if self._is_pending(m)), key=lambda m: m.key)
         if not pending:
             return

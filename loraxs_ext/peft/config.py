@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -157,6 +158,12 @@ class LoraXSConfig(PeftConfig):
             if isinstance(rank, bool) or not isinstance(rank, int):
                 raise TypeError(f"{name}: expected an int, got {rank!r}")
             _expect(rank >= 1, name, "a positive integer", rank)
+        alphas = {f"alpha_pattern[{k!r}]": v for k, v in self.alpha_pattern.items()}
+        numbers = {name: getattr(self, name) for name in ("loraxs_dropout", "init_std", "basis_tol", "svd_tol")}
+        for name, number in {"lora_alpha": self.lora_alpha, **alphas, **numbers}.items():
+            if isinstance(number, bool) or not isinstance(number, (int, float)):
+                raise TypeError(f"{name}: expected a number, got {number!r}")
+            _expect(math.isfinite(number), name, "a finite number", number)
         # Whoever loads a file of others, it ends up here.
         check_patterns(vars(self))
         _expect(0.0 <= self.loraxs_dropout < 1.0, "loraxs_dropout", "a probability in [0, 1)", self.loraxs_dropout)

@@ -32,6 +32,7 @@ from .dispatch import layer_class, quantization_options
 from .gathering import adapter_entries, bias_entries, gather_trained, plain_name
 from .mixed import mixed_batch
 from .register import PREFIX
+from .swapping import settle_scaling
 from .tying import share_core, tie_targets
 from .weights import combined_fingerprint
 
@@ -51,7 +52,7 @@ class LoraXSModel(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Inject the adapter, then compute the bases it needs."""
         config = cast(LoraXSConfig, self.peft_config[adapter_name])
-        options = (config.recipe(), config.basis_check, config.basis_tol, config.basis_file)
+        options = (config.recipe(), config.basis_check, config.basis_tol, config.basis_file, config)
         self._policy = AdapterBasis(adapter_name, *options)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         if config.use_tinylora:
@@ -231,6 +232,7 @@ class LoraXSModel(BaseTuner):
         # PEFT writes the configuration after this: the last moment to note which base the adapter belongs to. A loaded
         # adapter with a basis of its own belongs to the base it came from.
         saved = cast(LoraXSConfig, config)
+        settle_scaling(saved, [layer for layer in _layers(model) if adapter_name in layer.loraxs_R], adapter_name)
         if not (saved.save_basis and saved.base_fingerprint):
             layers = [site for m in _layers(model) if adapter_name in m.loraxs_R for site in m.sites]
             saved.base_fingerprint = combined_fingerprint(layers) or saved.base_fingerprint

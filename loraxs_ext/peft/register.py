@@ -57,5 +57,6 @@ def register(config: type[Any], tuner: type[Any]) -> None:
             table.pop(PEFT_TYPE, None)
     register_peft_method(name=NAME.lower(), config_cls=config, model_cls=tuner, prefix=PREFIX)
     # What hotswap must find equal because it only exchanges tensors and the scaling.
-    keys = ["use_rslora", "alpha_pattern", "loraxs_dropout", "sigma", "vectors", "use_edora", "edora_norm"]
-    CONFIG_KEYS_TO_CHECK[PEFT_TYPE] = [*keys, "use_tinylora", "u", "weight_tying", "save_projection"]
+    keys = ["r", "rank_pattern", "use_rslora", "alpha_pattern", "loraxs_dropout", "sigma", "vectors", "save_basis"]
+    relatives = ["use_edora", "edora_norm", "use_tinylora", "u", "weight_tying", "save_projection"]
+    CONFIG_KEYS_TO_CHECK[PEFT_TYPE] = [*keys, *relatives]

@@ -45,5 +45,5 @@ def share_core(layer: LoraXSLayer, model: nn.Module, adapter: str) -> None:
             f"ensure_weight_tying: expected {layer.key} to share the weight of {source.key}, got a weight of its own"
         )
     layer.loraxs_R[adapter] = source.core(adapter)
-    for name in ("r", "lora_alpha", "scaling", "initial_scaling"):
+    for name in ("r", "lora_alpha", "scaling", "initial_scaling", "multiplier"):
         getattr(layer, name)[adapter] = getattr(source, name)[adapter]

@@ -56,9 +56,10 @@ def measure(layer: LoraXSLayer, adapter: str, stored: Tensor) -> tuple[Tensor, f
 
     Returns:
         signs [r] of ±1 that turn the stored basis into the layer's, and the root mean square of the relative errors
-        of its r vectors; 0 where nothing was recorded yet.
+        of its r vectors; 0 where nothing was recorded yet, or where hotswap erased an adapter that the new one lacks.
     """
-    if stored.isnan().all():
+    erased = not stored.any() and not layer.loraxs_magnitude and not complete(layer.core(adapter).on_basis).any()
+    if stored.isnan().all() or erased:
         return torch.ones(stored.shape[1]), 0.0
     signs, error = basis.compare_sketch(stored, current_factors(layer, layer.r[adapter]))
     return signs, root_mean_square(error)

@@ -76,6 +76,16 @@ def test_ranks_of_the_reference_are_not_nested(tmp_path: Path, computed: list[in
     assert computed == [9, 4]
 
 
+def test_the_smallest_rank_that_serves_is_read(tmp_path: Path, computed: list[int]) -> None:
+    small = compute(tmp_path, 4)
+    (path,) = files(tmp_path)
+    compute(tmp_path, 9)
+    (larger,) = set(files(tmp_path)) - {path}
+    truncate(larger)
+    # Nothing warns of the larger one, for it is not looked at.
+    assert same(small, compute(tmp_path, 4)) and computed == [4, 9]
+
+
 @pytest.mark.parametrize(
     "fields",
     [{"sigma": "B"}, {"tol": 1e-4}, {"seed": 1}, {"vectors": "middle"}, {"n_oversamples": 3}, {"svd": "exact"}],

@@ -45,6 +45,15 @@ def test_an_unconverged_basis_keeps_its_rows_and_gets_orthogonal_ones() -> None:
     assert grown.subspace_error == 1.0
 
 
+def test_growth_that_does_not_converge_is_warned_of() -> None:
+    W, recipe = gaussian(560, 600), Recipe(tol=1e-6, max_iter=1)
+    with pytest.warns(RuntimeWarning, match="subspace tolerance"):
+        old = basis(W, 4, recipe)
+    with pytest.warns(RuntimeWarning, match="1 of 1 weights miss the subspace tolerance.*layer.q"):
+        grown = extend(old, W, 8, recipe, name="layer.q")
+    assert grown.subspace_error > recipe.tol
+
+
 def test_dtype_of_the_old_basis_is_kept() -> None:
     W = power_law(40, 60, 0.5).float()
     old = decompose({"w": W}, 3, dtype=torch.bfloat16, progress=False)["w"]

@@ -34,3 +34,18 @@ def test_recipes_are_values() -> None:
 def test_bad_fields_are_named(fields: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Recipe.from_dict(fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"tol": "1e-3"}, "tol must be a number, got '1e-3'"),
+        ({"seed": 1.5}, "seed must be an int, got 1.5"),
+        ({"max_iter": True}, "max_iter must be an int, got True"),
+        ({"n_oversamples": None}, "n_oversamples must be an int, got None"),
+        ({"sketch_version": "1"}, "sketch_version must be an int, got '1'"),
+    ],
+)
+def test_numbers_are_numbers(fields: dict, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        Recipe.from_dict(fields)

@@ -63,6 +63,14 @@ def test_null_vectors_compare_as_equal() -> None:
     assert torch.isfinite(sketch(zero)).all()
 
 
+@pytest.mark.parametrize("row", range(5))
+def test_numbers_that_are_none_never_compare_as_equal(row: int) -> None:
+    stored = sketch(basis(W))
+    stored[row, 2] = torch.nan
+    _, error = compare_sketch(stored, basis(W))
+    assert error[2] == torch.inf and error.isfinite().sum() == 9
+
+
 def test_what_is_no_sketch_is_refused() -> None:
     mine = basis(W, 4)
     with pytest.raises(ValueError, match=r"\[5, r\], got \(4, 10\)"):

@@ -74,6 +74,16 @@ def test_stacks(dtype: torch.dtype) -> None:
     assert stack.dtype == exact and torch.equal(stack, torch.stack(weights).to(exact))
 
 
+def test_room_is_used_again_only_where_it_fits() -> None:
+    stager = Stager(CPU, reuse=True)
+    room = stager.stack([gaussian(5, 7), gaussian(5, 7, seed=1)], torch.float32).wait().data_ptr()
+    for shape, count, dtype in [((5, 7), 2, torch.float32), ((1, 7), 2, torch.float32), ((5, 7), 3, torch.float64)]:
+        weights = [gaussian(*shape, seed=i) for i in range(count)]
+        stack = stager.stack(weights, dtype).wait()
+        assert stack.dtype == dtype and torch.equal(stack, torch.stack(weights).to(dtype))
+        assert (stack.data_ptr() == room) == (shape == (5, 7) and dtype == torch.float32)
+
+
 def test_a_single_weight_is_not_copied() -> None:
     weight = gaussian(5, 7)
     assert Stager(CPU).stack([weight], torch.float32).wait().data_ptr() == weight.data_ptr()

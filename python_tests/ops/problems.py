@@ -108,6 +108,11 @@ def make(
     return problem.to(dtype)
 
 
+def amid_others(t: Tensor) -> Tensor:
+    """The same numbers and strides inside a larger memory, with NaN before and after them."""
+    return t.new_full((3 + t.numel() + 5,), torch.nan).as_strided(t.shape, t.stride(), 3).copy_(t)
+
+
 def in_slab(pages: Tensor, before: int = 3, after: int = 5) -> Tensor:
     """The same pages as the rows of a slab hold them: each contiguous, with NaN before and after it."""
     S, r, _ = pages.shape

@@ -8,7 +8,7 @@ import torch
 from loraxs_ext import ops
 from loraxs_ext.ops import reference
 
-from .problems import DTYPES, SHAPES, assert_within_twice, error, make, naive_linear
+from .problems import DTYPES, SHAPES, amid_others, assert_within_twice, error, make, naive_linear
 
 HALF_OR_SINGLE = ["fp32", "bf16", "fp16"]
 SLOTS = [None, "mixed", "base", "skewed"]
@@ -94,6 +94,20 @@ def test_leading_dimensions_and_strides_do_not_matter():
     dx0, dpages0 = torch.ops.loraxs.linear_backward(*p.backward_args(low))
     torch.testing.assert_close(dx.reshape(24, 40), dx0, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(dpages, dpages0, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("p_drop", [0.0, 0.4])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tensors_may_be_parts_of_larger_ones(dtype, p_drop):
+    p = make(SHAPES["tall"], DTYPES[dtype], slots="mixed", p_drop=p_drop)
+    p.x, p.dy = p.x.view(2, 75, 96), p.dy.view(2, 75, 64)
+    parts = replace(p, **{name: amid_others(getattr(p, name)) for name in ("x", "weight", "bias", "a", "b", "dy")})
+    y, low = torch.ops.loraxs.linear(*p.forward_args())
+    expected = (y, low, *torch.ops.loraxs.linear_backward(*p.backward_args(low)))
+    y, low = torch.ops.loraxs.linear(*parts.forward_args())
+    got = (y, low, *torch.ops.loraxs.linear_backward(*parts.backward_args(low)))
+    for name, ours, theirs in zip(("y", "p", "dx", "dpages"), got, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def test_one_dimensional_x():

@@ -156,6 +156,17 @@ def test_coarse_quantisation_is_refused(llama: Case, saved, bits, refused):
             PeftModel.from_pretrained(base, saved[0])
 
 
+@every_route
+def test_a_damaged_sketch_is_refused(llama: Case, saved, load):
+    file = saved[0] / "adapter_model.safetensors"
+    tensors = load_file(file)
+    key = next(k for k in tensors if k.endswith("q_proj.loraxs_R.sketch"))
+    tensors[key][:, 1] = torch.nan
+    save_file(tensors, file)
+    with pytest.raises(ValueError, match="another base model.* singular vectors of 1 of"):
+        logits(load(llama, llama.base(), saved[0]), llama.inputs())
+
+
 def edit_config(path: Path, **changes) -> None:
     file = path / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
@@ -164,8 +175,9 @@ def edit_config(path: Path, **changes) -> None:
 def test_the_check_can_be_lowered(llama: Case, saved):
     path, _ = saved
     edit_config(path, basis_check="warn")
-    with pytest.warns(UserWarning, match="was trained on another base model"):
+    with pytest.warns(UserWarning, match="was trained on another base model") as caught:
         PeftModel.from_pretrained(llama.base(seed=1), path)
+    assert sum("was trained on another base model" in str(w.message) for w in caught) == 1
     edit_config(path, basis_check="ignore")
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="LoRA-XS")
@@ -200,21 +212,6 @@ def test_settling_at_the_first_forward_pass_is_exact_and_leaves_trainable_tensor
         model(**llama.inputs())
     assert torch.equal(logits(model, llama.inputs()), expected)
     train(model, llama)
-
-
-def test_hotswap_takes_over_the_scaling(llama: Case, tmp_path):
-    other = llama.model(lora_alpha=20, init_seed=3)
-    other.save_pretrained(tmp_path)
-    model = llama.model()
-    hotswap_adapter(model, str(tmp_path), "default", torch_device="cpu")
-    assert torch.equal(logits(model, llama.inputs()), logits(other, llama.inputs()))
-
-
-@pytest.mark.parametrize("change", [{"use_rslora": True}, {"sigma": "B"}, {"loraxs_dropout": 0.1}], ids=str)
-def test_hotswap_refuses_what_it_cannot_exchange(llama: Case, change, tmp_path):
-    llama.model(**change).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="Configs are incompatible"):
-        hotswap_adapter(llama.model(), str(tmp_path), "default", torch_device="cpu")
 
 
 # The file

@@ -39,6 +39,25 @@ def test_ranks_are_integers(value):
         LoraXSConfig(r=value)
 
 
+@pytest.mark.parametrize(
+    "field, value, error, message",
+    [
+        ("lora_alpha", "8", TypeError, "lora_alpha: expected a number, got '8'"),
+        ("lora_alpha", None, TypeError, "lora_alpha: expected a number, got None"),
+        ("lora_alpha", float("nan"), ValueError, "lora_alpha: expected a finite number, got nan"),
+        ("alpha_pattern", {"q": "2"}, TypeError, r"alpha_pattern\['q'\]: expected a number, got '2'"),
+        ("loraxs_dropout", "0.1", TypeError, "loraxs_dropout: expected a number, got '0.1'"),
+        ("basis_tol", None, TypeError, "basis_tol: expected a number, got None"),
+        ("svd_tol", "x", TypeError, "svd_tol: expected a number, got 'x'"),
+        ("svd_seed", 1.5, TypeError, "seed must be an int, got 1.5"),
+        ("n_oversamples", "3", TypeError, "n_oversamples must be an int, got '3'"),
+    ],
+)
+def test_numbers_are_numbers(field, value, error, message):
+    with pytest.raises(error, match=message):
+        LoraXSConfig(**{field: value})
+
+
 def test_use_edora_is_a_switch():
     with pytest.raises(TypeError, match="use_edora: expected True or False, got 'yes'"):
         LoraXSConfig(use_edora="yes")

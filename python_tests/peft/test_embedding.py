@@ -158,3 +158,10 @@ def test_position_embeddings_with_an_offset_are_refused():
     model.model.embed_positions = Offset(10, 32)
     with pytest.raises(TypeError, match="model.embed_positions: expected torch.nn.Embedding, called with indices"):
         get_peft_model(model, TIED.config(target_modules=["embed_positions"]))
+
+
+def test_what_is_no_longer_tied_cannot_share_R():
+    base = TIED.base()
+    base.lm_head.weight = torch.nn.Parameter(base.lm_head.weight.detach().clone())
+    with pytest.raises(ValueError, match="expected lm_head to share the weight of model.embed_tokens"):
+        get_peft_model(base, TIED.config(ensure_weight_tying=True))

@@ -15,6 +15,7 @@ import loraxs_ext.peft.bases as bases
 from loraxs_ext import basis
 from loraxs_ext.basis import BasisFile, Recipe, write_basis_file
 from loraxs_ext.peft import LoraXSConfig, verify
+from loraxs_ext.peft.transport import Source, restore
 from loraxs_ext.peft.verify import Mismatch
 
 from .models import Case, layers_of
@@ -259,6 +260,20 @@ def test_anchors_on_another_machine(saved, tmp_path, monkeypatch):
         warnings.filterwarnings("error", message="LoRA-XS")
         model = PeftModel.from_pretrained(Net(), path, config=config)
     assert distance(model, expected) < 2e-5
+
+
+def test_anchors_of_another_basis_or_shape_are_left_alone(tmp_path):
+    path = file_of(Net(), tmp_path / "anchors.safetensors", anchors_only=True)
+    weights = {name: layer.weight.detach() for name, layer in Net().named_children()}
+    mine = basis.decompose(weights, 6, Recipe(), cache_dir=None, progress=False)
+    sketches = {name: basis.sketch(factors) for name, factors in mine.items()}
+    with BasisFile(path) as file:
+        sources = {name: Source(tuple(w.shape), lambda w=w: w) for name, w in weights.items()}
+        assert restore(file, sketches, sources, Recipe()).keys() == {"first", "second"}
+        # `second` turns up transposed, `first` with the sketch of another weight.
+        sources["second"] = Source((120, 80), lambda: weights["second"].mT)
+        sketches["first"] = basis.sketch(mine["second"])
+        assert restore(file, sketches, sources, Recipe()) == {}
 
 
 def test_a_larger_rank_than_the_file_has_is_grown(tmp_path):
