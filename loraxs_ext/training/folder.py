@@ -78,7 +78,7 @@ class RunFolder:
             yield
         except BaseException:
             # A wrong name or a batch that does not fit should not cost the folder.
-            if new and {entry.name for entry in self.path.iterdir()} <= {self._started_with.name, self.tensorboard.name}:
+            if new and set(self.path.iterdir()) <= {self._started_with, self.tensorboard}:
                 shutil.rmtree(self.tensorboard, ignore_errors=True)
                 self._started_with.unlink(missing_ok=True)
             raise
