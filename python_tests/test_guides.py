@@ -1,4 +1,4 @@
-"""The Python of README and guides that no other test runs, as printed, on small models in place of those it speaks of."""
+"""The Python of README and guides that no other test runs, as printed, on small models in place of those named."""
 
 from __future__ import annotations
 
