@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, TinyLoraConfig, get_peft_model
-from transformers import LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaForCausalLM
 
 from loraxs_ext import LoraXSConfig, cli
 from python_tests.checkpoint import reference_format
@@ -59,9 +59,10 @@ def run(block: str, **scope: Any) -> dict[str, Any]:
 
 def test_a_pool(llama, adapters):
     (block,) = blocks("README.md", "Serving any number of adapters")
-    found = run(block.replace("    model.generate(", "    tokens = model.generate("), model=llama, inputs=INPUTS)
+    block = block.replace("    model.generate(", "    tokens = model.generate(")
+    found = run(block, model=llama, tokenizer=AutoTokenizer.from_pretrained("llama"))
     assert found["pool"].stats()["misses"] == 2
-    plain = llama.generate(**INPUTS, max_new_tokens=32)
+    plain = llama.generate(**found["inputs"], max_new_tokens=32)
     width = min(found["tokens"].shape[1], plain.shape[1])
     same = (found["tokens"][:, :width] == plain[:, :width]).all(dim=1).tolist()
     assert same == [False, True, False]  # as the names say
