@@ -11,6 +11,8 @@ from typing import Any, cast
 
 import torch
 
+from loraxs_ext.serve.server.limits import Limits
+
 from .folders import DTYPES
 
 HELP = "serve a model and the adapters of a store over HTTP"
@@ -42,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     compute.add_argument("--rank", type=int, help="largest of an adapter (default: the largest of the store)")
     compute.add_argument("--cache-tokens", type=int, help="keys and values kept (default: 16384, on a GPU what fits)")
     compute.add_argument("--batch-tokens", type=int, help="of a step (default: 512, on a GPU what fits)")
-    limits = parser.add_argument_group("limits")
+    limits, defaults = parser.add_argument_group("limits"), vars(Limits())
     for flag, kind, help in (
         ("--max-body", int, "bytes of a request"),
         ("--max-adapter", int, "bytes of an adapter that is put"),
@@ -52,7 +54,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("--slot-seconds", float, "that a request waits for a slot"),
         ("--body-seconds", float, "that a client takes to send a request"),
     ):
-        limits.add_argument(flag, type=kind, metavar="N", help=help)
+        default = defaults.get(flag.removeprefix("--max-").removeprefix("--").replace("-", "_"))
+        said = "" if default is None else f" (default {default:,})"
+        limits.add_argument(flag, type=kind, metavar="N", help=help + said)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -108,9 +112,7 @@ def _service(arguments: argparse.Namespace, stack: ExitStack) -> Any:
     )
 
 
-def _limits(arguments: argparse.Namespace) -> Any:
-    from loraxs_ext.serve.server.limits import Limits
-
+def _limits(arguments: argparse.Namespace) -> Limits:
     given = {
         "body": arguments.max_body,
         "adapter": arguments.max_adapter,

@@ -242,6 +242,11 @@ class Environment:
                 env.close()
                 raise
         except self._lmdb.Error as reason:
+            if "already open in this process" in str(reason):
+                raise ValueError(
+                    f"{self.folder}: already open in this process, where LMDB opens it only once; use that "
+                    f"AdapterStore, which threads may share, or close it first"
+                ) from None
             raise ValueError(f"{self.folder}: expected an adapter store, got: {reason}") from None
         self._env = env
 

@@ -28,7 +28,7 @@ def commented_yaml(name: str) -> str:
     preset = PRESETS.get(name)
     choices: Mapping[str, Choice] = preset.choices if preset else {}
     task = name if preset is None else choices["task"].value if "task" in choices else "classification"
-    lines = [f"# {preset.about if preset else 'The defaults.'} Start it with: loraxs train THIS_FILE"]
+    lines = [f"# {preset.about if preset else 'The defaults'}. Start it with: loraxs train THIS_FILE"]
     values = {"task": task, "preset": name if preset else None}
     for field in dataclasses.fields(TASKS[task]):
         if field.default_factory is not dataclasses.MISSING and not field.metadata:

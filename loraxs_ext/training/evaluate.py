@@ -47,11 +47,11 @@ def evaluate(run: Run, *, base: bool = False) -> dict[str, Any]:
         raise ValueError("base: expected an instruction run, got a classifier, whose head exists only once trained")
     if not base and not folder.result.exists():
         raise FileNotFoundError(f"output: expected a finished run, found none in {folder.path}; train it first")
-    claim(run, folder)
-    if isinstance(run, ClassificationRun):
-        outcome = _classification(run, folder)
-    else:
-        outcome = _instruction(cast(InstructionRun, run), folder, base)
+    with folder.attempt(claim(run, folder)):
+        if isinstance(run, ClassificationRun):
+            outcome = _classification(run, folder)
+        else:
+            outcome = _instruction(cast(InstructionRun, run), folder, base)
     outcome["seconds"] = round(time.monotonic() - started, 1)
     write_json(folder.path / ("evaluation-base.json" if base else "evaluation.json"), outcome)
     return outcome

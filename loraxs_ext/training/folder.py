@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +38,15 @@ class RunFolder:
         self.tensorboard = self.path / "tensorboard"
         self._started_with = self.path / "run.json"
 
-    def claim(self, settings: Mapping[str, Any], contents: Mapping[str, str]) -> None:
+    def claim(self, settings: Mapping[str, Any], contents: Mapping[str, str]) -> bool:
         """Note what the run is started with, or compare it with what it was started with.
 
         Args:
             settings: `Run.to_dict()`.
             contents: digests of the data files by field.
+
+        Returns:
+            Whether it was noted now.
 
         Raises:
             ValueError: the folder belongs to another run; the message names the differences.
@@ -57,11 +60,28 @@ class RunFolder:
                     f"output: {self.path} was started with other settings; go on with the old ones or choose another "
                     f"folder:\n  " + "\n  ".join(line.removeprefix("settings.") for line in changes)
                 )
-            return
+            return False
         if self.path.exists() and any(self.path.iterdir()):
             raise ValueError(f"output: expected a new or empty folder, or one of `loraxs train`, got {self.path}")
         self.path.mkdir(parents=True, exist_ok=True)
         write_json(self._started_with, wanted)
+        return True
+
+    @contextmanager
+    def attempt(self, new: bool) -> Iterator[None]:
+        """Work on the run; where that fails, a new run of which nothing has come leaves the folder to other settings.
+
+        Args:
+            new: whether `claim` noted the run now.
+        """
+        try:
+            yield
+        except BaseException:
+            # A wrong name or a batch that does not fit should not cost the folder.
+            if new and set(self.path.iterdir()) <= {self._started_with, self.tensorboard}:
+                shutil.rmtree(self.tensorboard, ignore_errors=True)
+                self._started_with.unlink(missing_ok=True)
+            raise
 
     def last_checkpoint(self) -> Path | None:
         """The newest complete checkpoint; newer ones that a kill left incomplete are removed."""

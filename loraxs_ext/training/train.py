@@ -13,6 +13,7 @@ import torch
 import transformers
 from peft import PeftModel, get_peft_model
 from transformers import EvalPrediction
+from transformers.integrations import TensorBoardCallback
 
 from loraxs_ext.basis.distributed import across_ranks, is_running
 from loraxs_ext.files import read_json, write_json
@@ -41,15 +42,24 @@ def train(run: Run) -> dict[str, Any]:
     best = run.best()
     arguments = training_arguments(run, folder, best)
     with arguments.main_process_first(local=False):
-        claim(run, folder)
+        new = claim(run, folder)
         if folder.result.exists():
             return read_json(folder.result)
         checkpoint = folder.last_checkpoint()
+    with folder.attempt(new):
+        return _train(run, folder, arguments, best, checkpoint)
+
+
+def _train(
+    run: Run, folder: RunFolder, arguments: transformers.TrainingArguments, best: str | None, checkpoint: Path | None
+) -> dict[str, Any]:
     prepared = _classification(run) if isinstance(run, ClassificationRun) else _instruction(cast(InstructionRun, run))
     # Before it is sharded.
     parameters = count_parameters(prepared.model)
     trainer, keeper = make_trainer(run, folder, arguments, prepared, checkpoint)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    # Curves end with the training; what is measured of the best checkpoint is no point of theirs.
+    trainer.remove_callback(TensorBoardCallback)
     metrics = trainer.evaluate() if best else {}
     seconds = keeper.seconds
     state_dict = gather_adapter(cast(torch.nn.Module, trainer.model))
@@ -82,13 +92,13 @@ def train(run: Run) -> dict[str, Any]:
     return read_json(folder.result)
 
 
-def claim(run: Run, folder: RunFolder) -> None:
-    """Tie the output folder to the run's settings and to the contents of its files."""
+def claim(run: Run, folder: RunFolder) -> bool:
+    """Tie the output folder to the run's settings and to the contents of its files; whether it was not tied before."""
     data = cast(Any, run).data
     files = {"data.train": data.train, "data.dev": data.dev}
     if run.start_from is not None:
         files["start_from"] = str(Path(run.start_from) / WEIGHTS)
-    folder.claim(run.to_dict(), {name: content_digest(path) for name, path in files.items() if path is not None})
+    return folder.claim(run.to_dict(), {name: content_digest(path) for name, path in files.items() if path is not None})
 
 
 def count_parameters(model: PeftModel) -> dict[str, int]:

@@ -18,6 +18,7 @@ from transformers.integrations import TensorBoardCallback
 from loraxs_ext.peft.gathering import gather_adapter, unwrapped
 
 from .folder import RunFolder
+from .pretrained import device_for
 from .settings import InstructionRun, Run, TrainingSettings
 
 
@@ -44,6 +45,8 @@ class Prepared:
 def training_arguments(run: Run, folder: RunFolder, best: str | None) -> TrainingArguments:
     """The Trainer's arguments; best: the metric on dev, None without dev."""
     training, per = run.training, "epoch" if run.training.checkpoint_steps is None else "steps"
+    # Without being told, the Trainer does not divide the rows among processes on CPUs.
+    on_cpu = device_for(training.cpu).type == "cpu"
     return TrainingArguments(
         output_dir=str(folder.path),
         per_device_train_batch_size=training.batch,
@@ -58,7 +61,7 @@ def training_arguments(run: Run, folder: RunFolder, best: str | None) -> Trainin
         max_grad_norm=training.max_grad_norm,
         bf16=training.bf16,
         seed=training.seed,
-        use_cpu=training.cpu,
+        use_cpu=on_cpu,
         gradient_checkpointing=run.model.gradient_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False} if run.model.gradient_checkpointing else None,
         eval_strategy="no" if best is None else per,
@@ -71,7 +74,7 @@ def training_arguments(run: Run, folder: RunFolder, best: str | None) -> Trainin
         logging_steps=training.log_steps,
         remove_unused_columns=False,
         label_names=["labels"],
-        dataloader_pin_memory=not training.cpu and torch.accelerator.is_available(),
+        dataloader_pin_memory=not on_cpu,
         report_to=[],
     )
 

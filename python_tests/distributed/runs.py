@@ -9,6 +9,7 @@ from typing import Any
 
 import accelerate.state
 import pytest
+import torch
 from accelerate.utils import DistributedType
 from transformers import TrainerState
 
@@ -23,6 +24,9 @@ FSDP2 = {
     "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
     "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
 }
+
+# Without an accelerator, `loraxs train` has to find out by itself.
+TOLD_CPU = torch.accelerator.is_available()
 
 
 class Interrupted(Exception):
@@ -41,7 +45,7 @@ def prepare(folder: Path) -> None:
 
 def values(folder: Path, output: str, batch: int) -> dict[str, Any]:
     data = {"train": str(folder / "train.jsonl"), "dev": str(folder / "dev.jsonl"), "answer": "answer"}
-    steps = {"epochs": 2, "batch": batch, "log_steps": 1, "checkpoint_steps": 3, "lr": 1e-2, "cpu": True}
+    steps = {"epochs": 2, "batch": batch, "log_steps": 1, "checkpoint_steps": 3, "lr": 1e-2, "cpu": TOLD_CPU}
     return {
         "task": "instruction",
         "output": str(folder / output),
@@ -59,7 +63,7 @@ def reviews_run(folder: Path, output: str, **steps: int) -> dict[str, Any]:
         "model": {"name": str(folder / "bert")},
         "adapter": {"r": 4, "lora_alpha": 4, "target_modules": ["query", "value"]},
         "data": {"train": str(folder / "reviews.jsonl"), "dev": str(folder / "dev reviews.jsonl")},
-        "training": {"max_steps": 4, "log_steps": 1, "cpu": True, **steps},
+        "training": {"max_steps": 4, "log_steps": 1, "cpu": TOLD_CPU, **steps},
     }
 
 

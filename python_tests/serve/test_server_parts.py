@@ -115,6 +115,8 @@ def test_keys(tmp_path):
         assert bad not in str(caught.value)
     assert read_keys(None, "KEY", {"KEY": "c" * 16}).accept(b"Bearer " + b"c" * 16)
     assert not read_keys(None, "KEY", {})
+    with pytest.raises(ValueError, match="KEY, key 1: expected at least 16"):
+        read_keys(None, "KEY", {"KEY": "short"})
     (tmp_path / "large").write_text("a" * (1 << 20) + "\n")
     with pytest.raises(ValueError, match="expected keys, one a line"):
         read_keys(tmp_path / "large", "KEY", {})

@@ -138,7 +138,7 @@ def check_log(lines: list[dict]) -> None:
     ("arguments", "sentence"),
     [
         (["--host", "0.0.0.0"], "--host: expected a loopback address"),
-        (["--api-key-file", "short"], "key 1: expected at least 16"),
+        (["--api-key-file", "short"], "short, key 1: expected at least 16"),
         (["--api-key-file", "empty"], "expected at least one key"),
         (["--api-key-file", "missing"], "missing"),
         (["--max-queue", "-1"], "queue: expected a positive number"),

@@ -208,7 +208,7 @@ def test_a_reader_that_was_killed_is_forgotten(tmp_path: Path) -> None:
 
 def test_a_folder_is_open_once_in_a_process(tmp_path: Path) -> None:
     with stores.create(tmp_path / "store"):
-        with pytest.raises(ValueError, match="already open in this process"):
+        with pytest.raises(ValueError, match="already open in this process.* close it first"):
             AdapterStore(tmp_path / "store", readonly=True)
     AdapterStore(tmp_path / "store").close()
 

@@ -108,6 +108,34 @@ def test_another_configuration_is_refused_with_the_difference(review_run):
         train(make_run(review_run, {"training.max_steps": 2}))
 
 
+def test_a_start_that_fails_leaves_the_folder_to_other_settings(review_run, monkeypatch):
+    folder = Path(review_run["output"])
+    with pytest.raises(OSError):
+        train(make_run(review_run, {"model.name": str(folder.parent / "misspelt")}))
+    assert not list(folder.iterdir())
+
+    def too_large(self: Keeper, *_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("batch")
+
+    monkeypatch.setattr(Keeper, "on_step_end", too_large)
+    with pytest.raises(torch.OutOfMemoryError):
+        train(make_run(review_run, {"training.max_steps": 2}))
+    monkeypatch.undo()
+    assert train(make_run(review_run, {"training.max_steps": 2, "training.batch": 2}))["steps"] == 2
+    assert {path.name for path in folder.iterdir()} == {"adapter", "result.json", "run.json", "tensorboard"}
+
+
+def test_a_start_that_fails_after_a_checkpoint_keeps_its_settings(review_run, monkeypatch):
+    def full(self: RunFolder) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(RunFolder, "new_adapter", full)
+    with pytest.raises(OSError, match="no space left"):
+        train(make_run(review_run, {"training.max_steps": 2}))
+    with pytest.raises(ValueError, match="other settings"):
+        train(make_run(review_run, {"training.max_steps": 3}))
+
+
 def test_a_finished_run_is_left_as_it_is(review_run):
     values = {"training.max_steps": 2}
     first = train(make_run(review_run, values))

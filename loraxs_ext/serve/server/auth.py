@@ -17,17 +17,18 @@ class Keys:
 
     Args:
         keys: at least 16 printable ASCII characters each.
+        source: file or variable they come from, for the message.
 
     Raises:
         ValueError: one is shorter or has other characters; the message does not show it.
     """
 
-    def __init__(self, keys: Sequence[str] = ()) -> None:
+    def __init__(self, keys: Sequence[str] = (), source: str = "keys") -> None:
         for index, key in enumerate(keys):
             if len(key) < _SHORTEST or not key.isascii() or not key.isprintable() or " " in key:
                 raise ValueError(
-                    f"key {index + 1}: expected at least {_SHORTEST} printable ASCII characters without spaces, "
-                    f"got {len(key)} characters"
+                    f"{source}, key {index + 1}: expected at least {_SHORTEST} printable ASCII characters without "
+                    f"spaces, got {len(key)} characters"
                 )
         self._keys = tuple(key.encode() for key in keys)
 
@@ -54,13 +55,13 @@ def read_keys(file: Path | None, variable: str, environment: Mapping[str, str]) 
     """
     if file is None:
         value = environment.get(variable, "")
-        return Keys([value] if value else [])
+        return Keys([value] if value else [], variable)
     if (size := file.stat().st_size) > _MOST_BYTES:
         raise ValueError(f"{file}: expected keys, one a line, got {size} bytes")
     keys = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
     if not keys:
         raise ValueError(f"{file}: expected at least one key, got none")
-    return Keys(keys)
+    return Keys(keys, str(file))
 
 
 def check_binding(host: str, keys: Keys) -> None:
