@@ -105,9 +105,8 @@ def run(arguments: argparse.Namespace) -> int:
     )
     titles = {task.name: task.title for task in tasks}
     for name, value in served.difference.items():
-        print(
-            f"  {size.share} rows of {titles.get(name, 'the base model')}: differ from the same rows alone by at most {shown(value)}"
-        )
+        who = titles.get(name, "the base model")
+        print(f"  {size.share} rows of {who}: differ from the same rows alone by at most {shown(value)}")
     print(
         f"  another adapter would change them by {served.contrast:.2g} or more;"
         f" one batch {1e3 * served.mixed_seconds:.0f} ms, one by one {1e3 * served.alone_seconds:.0f} ms"
