@@ -43,4 +43,22 @@ class Arena {
   std::byte* next_;
 };
 
+// Scratch that stays on the stack for decode-sized problems.
+template <class A>
+class Scratch {
+ public:
+  explicit Scratch(int64_t n) {
+    if (n > kOnStack) heap_.reset(new (std::align_val_t(64)) A[size_t(n)]);
+  }
+  A* get() { return heap_ ? heap_.get() : stack_; }
+
+ private:
+  struct Free {
+    void operator()(A* p) const { ::operator delete[](p, std::align_val_t(64)); }
+  };
+  static constexpr int64_t kOnStack = 1024;
+  alignas(64) A stack_[kOnStack];
+  std::unique_ptr<A[], Free> heap_;
+};
+
 }  // namespace loraxs::cpu

@@ -1,10 +1,10 @@
 #include "cpu/driver.h"
 
 #include <algorithm>
-#include <memory>
 #include <type_traits>
 #include <vector>
 
+#include "cpu/arena.h"
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
 #include "cpu/row_lists.h"
@@ -29,24 +29,6 @@ bool runs_inline(int64_t M, int64_t r, int64_t width) {
   const bool tiles = std::is_same_v<T, bf16> && isa() == Isa::amx_bf16 && wide_enough(M, r);
   return M * r * width < (tiles ? kInlineTileWork : kInlineWork);
 }
-
-// Scratch that stays on the stack for decode-sized problems.
-template <class A>
-class Scratch {
- public:
-  explicit Scratch(int64_t n) {
-    if (n > kOnStack) heap_.reset(new (std::align_val_t(64)) A[size_t(n)]);
-  }
-  A* get() { return heap_ ? heap_.get() : stack_; }
-
- private:
-  struct Free {
-    void operator()(A* p) const { ::operator delete[](p, std::align_val_t(64)); }
-  };
-  static constexpr int64_t kOnStack = 1024;
-  alignas(64) A stack_[kOnStack];
-  std::unique_ptr<A[], Free> heap_;
-};
 
 template <class F>
 void in_grains(int64_t n, int64_t grain, const F& fn) {

@@ -1,7 +1,6 @@
 // Threads and scratch of the fused product.
 #include <algorithm>
 #include <atomic>
-#include <memory>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -46,7 +45,7 @@ constexpr int64_t kInlineWork = sizeof(T) == 2 ? 200'000 : 100'000;
 
 // p of a few tokens, which threads form together without waiting for each other.
 struct SharedP {
-  float* p;
+  float* p = nullptr;
   std::atomic<int64_t> done{0};  // columns of it
 };
 
@@ -268,26 +267,21 @@ void fused(const FusedLayer<T, P>* layers, int64_t count) {
     for (int64_t i = 0; i < count; ++i) Call<T, P>(layers[i], k).run_many(threads);
     return;
   }
-  SharedP one;
-  std::unique_ptr<SharedP[]> several(count > 1 ? new SharedP[size_t(count)] : nullptr);
-  SharedP* const shared = several ? several.get() : &one;
-  constexpr int64_t kOnStack = 1024;
-  float stack[kOnStack];
-  std::vector<float> heap;
+  std::vector<SharedP> shared(static_cast<size_t>(count));
+  int64_t numbers = 0;
+  for (int64_t i = 0; i < count; ++i) numbers += layers[i].g.p ? 0 : layers[i].g.M * layers[i].g.r;
+  Scratch<float> scratch(std::is_same_v<T, float> ? numbers : 0);
   if constexpr (std::is_same_v<T, float>) {
-    int64_t need = 0;
-    for (int64_t i = 0; i < count; ++i) need += layers[i].g.p ? 0 : layers[i].g.M * layers[i].g.r;
-    if (need > kOnStack) heap.resize(size_t(need));
-    float* next = need > kOnStack ? heap.data() : stack;
+    float* next = scratch.get();
     for (int64_t i = 0; i < count; ++i) {
       const auto& g = layers[i].g;
-      shared[i].p = g.p ? g.p : std::exchange(next, next + g.M * g.r);
+      shared[size_t(i)].p = g.p ? g.p : std::exchange(next, next + g.M * g.r);
     }
   }
   // Pieces b .. e of all layers, one after the other.
   const auto task = [&](int64_t b, int64_t e) {
     for (int64_t i = 0, first = 0; i < count && first < e; ++i) {
-      const Call<T, P> call(layers[i], k, shared + i);
+      const Call<T, P> call(layers[i], k, &shared[size_t(i)]);
       const int64_t own = call.pieces(), i0 = std::max(b - first, int64_t(0)), i1 = std::min(e - first, own);
       if (i0 < i1) call.run(i0, i1);
       first += own;
