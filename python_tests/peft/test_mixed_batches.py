@@ -14,7 +14,7 @@ NAMES = ["default", "__base__", "other", "default"]
 @pytest.fixture
 def model(case: Case):
     model = case.model()
-    model.add_adapter("other", case.config(r=6, init_seed=1))
+    model.add_adapter("other", case.config(r=6, lora_alpha=9, use_rslora=True, init_seed=1))
     return model.eval()
 
 
