@@ -11,9 +11,9 @@
 namespace loraxs::cpu {
 namespace {
 
-// q[i] = alpha * sum_j R[i, j] p[j], four outputs at a time. What lies in the same places of the page `next` is asked
-// for meanwhile.
-template <class A, class P>
+// q[i] = alpha * sum_j R[i, j] p[j], four outputs at a time. If kAsks, what lies in the same places of the page `next`
+// is asked for meanwhile.
+template <bool kAsks, class A, class P>
 void rotate_row(const A* p, const P* page, const P* next, A* q, int64_t r, A alpha) {
   using V = Vec<A>;
   for (int64_t i = 0; i < r; i += 4) {
@@ -25,7 +25,7 @@ void rotate_row(const A* p, const P* page, const P* next, A* q, int64_t r, A alp
       const V tp = V::load(p + j);
       for (int c = 0; c < 4; ++c) {
         sum[c] = sum[c].fma(tp, V::load(row[c] + j));
-        __builtin_prefetch(row[c] + j + (next - page), 0, kIntoL2);
+        if (kAsks) __builtin_prefetch(row[c] + j + (next - page), 0, kIntoL2);
       }
     }
     if (j < r) {
@@ -44,7 +44,7 @@ void rotate_row(const A* p, const P* page, const P* next, A* q, int64_t r, A alp
 }
 
 // q[j] = alpha * sum_i p[i] R[i, j], C vectors of j at a time.
-template <int C, class A, class P>
+template <bool kAsks, int C, class A, class P>
 void rotate_back(const A* p, const P* page, const P* next, A* q, int64_t r, int64_t j, int left, A alpha) {
   using V = Vec<A>;
   V sum[C];
@@ -54,7 +54,7 @@ void rotate_back(const A* p, const P* page, const P* next, A* q, int64_t r, int6
     const P* row = page + i * r + j;
     for (int c = 0; c < C; ++c) {
       sum[c] = sum[c].fma(tp, C == 1 && left < V::lanes ? V::load_n(row, left) : V::load(row + c * V::lanes));
-      __builtin_prefetch(row + c * V::lanes + (next - page), 0, kIntoL2);
+      if (kAsks) __builtin_prefetch(row + c * V::lanes + (next - page), 0, kIntoL2);
     }
   }
   for (int c = 0; c < C; ++c) {
@@ -66,15 +66,15 @@ void rotate_back(const A* p, const P* page, const P* next, A* q, int64_t r, int6
   }
 }
 
-template <class A, class P>
+template <bool kAsks, class A, class P>
 void rotate_one(const Rotate<A, P>& g, int64_t m, const P* page, const P* next) {
   constexpr int lanes = Vec<A>::lanes;
   const A* p = g.p + m * g.r;
   A* q = g.q + m * g.r;
-  if (!g.transposed) return rotate_row(p, page, next, q, g.r, g.alpha);
+  if (!g.transposed) return rotate_row<kAsks>(p, page, next, q, g.r, g.alpha);
   int64_t j = 0;
-  for (; j + 4 * lanes <= g.r; j += 4 * lanes) rotate_back<4>(p, page, next, q, g.r, j, lanes, g.alpha);
-  for (; j < g.r; j += lanes) rotate_back<1>(p, page, next, q, g.r, j, int(least(lanes, g.r - j)), g.alpha);
+  for (; j + 4 * lanes <= g.r; j += 4 * lanes) rotate_back<kAsks, 4>(p, page, next, q, g.r, j, lanes, g.alpha);
+  for (; j < g.r; j += lanes) rotate_back<kAsks, 1>(p, page, next, q, g.r, j, int(least(lanes, g.r - j)), g.alpha);
 }
 
 // From this many rows on, turning the page around costs less than the horizontal sums that it saves.
@@ -109,9 +109,13 @@ bool rotate_run(const Rotate<A, P>& g, int64_t m, int64_t count, const P* page) 
 // From this many rows on, a run beats row by row (Sapphire Rapids, r = 4 to 64).
 constexpr int64_t kRun = 8;
 
-// Pages of different slots are as far apart as rows of a slab, and the hardware does not know where the next one
-// begins: they are asked for as many rows early as hold this much, at most kRowsAhead.
-constexpr int64_t kBytesAhead = 32 << 10, kRowsAhead = 8, kLine = 64;
+// Pages of different slots are as far apart as rows of a slab, and each begins with a miss: they are asked for this
+// many rows early, or the beginning of them: the hardware goes on by itself.
+constexpr int64_t kRowsAhead = 8, kLine = 64, kPageLines = 16;
+
+// Where the pages of a call outgrow L2 the hardware does not keep up: all of a page is asked for, so much of them
+// ahead.
+constexpr int64_t kFarBytes = 1 << 20, kBytesAhead = 32 << 10;
 
 // The page of row m; `other` where it has none.
 template <class A, class P>
@@ -120,23 +124,30 @@ const P* page_of(const Rotate<A, P>& g, int64_t m, const P* other) {
 }
 
 template <class A, class P>
+void ask_for_page(const Rotate<A, P>& g, int64_t m) {
+  constexpr int64_t line = kLine / int64_t(sizeof(P));
+  if (const P* page = page_of<A, P>(g, m, nullptr))
+    for (int64_t i = 0; i < least(g.r * g.r, kPageLines * line); i += line) __builtin_prefetch(page + i);
+}
+
+template <class A, class P>
 void rotate(const Rotate<A, P>& g) {
-  const int64_t bytes = g.r * g.r * int64_t(sizeof(P));
-  const int64_t ahead = bytes * kRowsAhead <= kBytesAhead ? kRowsAhead : least(kRowsAhead, kBytesAhead / bytes + 1);
-  for (int64_t m = 0; g.slots && m < ahead; ++m)
-    if (const P* page = page_of<A, P>(g, m, nullptr))
-      for (int64_t i = 0; i < least(bytes, kBytesAhead / kRowsAhead); i += kLine)
-        __builtin_prefetch(reinterpret_cast<const char*>(page) + i, 0, kIntoL2);
+  const int64_t bytes = g.r * g.r * int64_t(sizeof(P)), ahead = kBytesAhead / bytes + 1;
+  const bool far = g.slots && bytes > kPageLines * kLine && g.M * bytes > kFarBytes, near = g.slots && !far;
+  if (near)
+    for (int64_t m = 0; m < kRowsAhead; ++m) ask_for_page(g, m);
   for (int64_t m = 0, end = 0; m < g.M; m = end) {
     const int64_t slot = g.slots ? g.slots[m] : 0;
+    if (near) ask_for_page(g, m + kRowsAhead);
     for (end = g.slots ? m + 1 : g.M; end < g.M && g.slots[end] == slot;) ++end;
     if (slot < 0) {
       for (int64_t i = m * g.r; i < end * g.r; ++i) g.q[i] = 0;
       continue;
     }
     const P* page = g.pages + slot * g.page_stride;
-    if (end - m < kRun || !rotate_run(g, m, end - m, page))
-      for (int64_t i = m; i < end; ++i) rotate_one(g, i, page, g.slots ? page_of(g, i + ahead, page) : page);
+    if (end - m >= kRun && rotate_run(g, m, end - m, page)) continue;
+    for (int64_t i = m; i < end; ++i)
+      far ? rotate_one<true>(g, i, page, page_of(g, i + ahead, page)) : rotate_one<false>(g, i, page, page);
   }
 }
 

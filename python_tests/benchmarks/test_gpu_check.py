@@ -122,7 +122,9 @@ def test_the_rule():
 
 def test_what_nobody_writes_is_nan():
     poison_allocator(CPU, megabytes=1)
-    assert torch.isnan(torch.empty(4096)).any()
+    # malloc does not say which memory it hands out first.
+    taken = [torch.empty(4096) for _ in range(256)]
+    assert any(torch.isnan(memory).any() for memory in taken)
 
 
 def test_plan_puts_what_targets_name_first():
