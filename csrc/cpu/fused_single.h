@@ -13,8 +13,8 @@ namespace {
 constexpr int64_t kLanes = 16, kPanelVecs = 3, kPanelTokens = kPanelVecs * kLanes;
 
 // Sums along K are taken in pieces of this many: the rounding error of a sum grows with its length, and a piece of a
-// panel (48 KiB) stays in L2 while rows of W go by.
-constexpr int64_t kSumPiece = 256;
+// panel (24 KiB) stays in L1 while rows of W go by.
+constexpr int64_t kSumPiece = 128;
 
 // Panels come from L2 and are asked for this many steps early.
 constexpr int kAheadSteps = 16;
