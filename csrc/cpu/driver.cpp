@@ -77,6 +77,9 @@ auto expander(const T* in, T* out, const acc_t<T>* q, const T* b, int64_t M, int
   };
 }
 
+// So many numbers of gradients are written by one thread in the time of a fork and join.
+constexpr int64_t kInlineNumbers = 64 << 10;
+
 // From so many slots on, a thread sums whole pages.
 constexpr int64_t kManySlots = 32;
 
@@ -124,7 +127,7 @@ void sum_pages(const Backward<T, P>& g, const acc_t<T>* dq) {
   const auto block = [&](int64_t slot, const int32_t* rows, int64_t count, int64_t b0, int64_t b1) {
     k.outer({dq, g.p, rows, count, r, b0 * 4, std::min(b1 * 4, r), g.dpages + slot * r * r});
   };
-  const bool small = g.M * r * r < kInlineWork;
+  const bool small = g.M * r * r < kInlineWork && g.S * r * r < kInlineNumbers;
   if (g.slots == nullptr) {
     for (int64_t i = 1; i < g.S; ++i) block(i, nullptr, 0, 0, blocks);
     const auto task = [&](int64_t b0, int64_t b1) { block(0, nullptr, g.M, b0, b1); };
