@@ -102,7 +102,8 @@ void few_rows(const Backward<T, P>& g, acc_t<T>* dq) {
     paged.rotate({q, g.pages, g.page_stride, g.slots, dp, g.M, g.r, A(1), true});
     dense.across({g.dy, g.weight + k0, dp, g.a + k0, g.dx + k0, g.N, g.K, g.r, g.K, g.K, g.M, g.N, k1 - k0, g.r});
   };
-  g.M* g.N* g.K < kInlineWork / 8 ? columns(0, g.K) : in_grains(g.K, kColumnGrain, columns);
+  const int64_t work = g.M * g.N * g.K;
+  work < kInlineWork / 8 ? columns(0, g.K) : in_grains(g.K, kColumnGrain, columns);
 }
 
 // The same for many rows: the layer's own product, with the weight and every R transposed.
@@ -165,7 +166,9 @@ void forward(const Forward<T, P>& g) {
 
 template <class T>
 bool has_one_pass(int64_t M, int64_t N, int64_t K, int64_t r) {
-  if (M <= kFewRows) return true;
+  // At the levels below AVX-512, and in fp64, torch's own product is faster.
+  const Fused<float>& single = kernels();
+  if (M <= kFewRows) return single.product != nullptr && !std::is_same_v<T, double>;
   const Fused<bf16>& k = kernels();
   return std::is_same_v<T, bf16> && k.product != nullptr && M <= kTileRows && N * K <= kTileWeight && r <= kTileRank;
 }
