@@ -4,6 +4,6 @@
 
 namespace loraxs::cpu {
 
-constinit const Kernels avx512_bf16_kernels = level({project<bf16>, expand<bf16>, across<bf16>}, fused_single);
+constinit const Kernels avx512_bf16_kernels = level(dense<bf16>, fused_single);
 
 }  // namespace loraxs::cpu

@@ -166,9 +166,8 @@ void forward(const Forward<T, P>& g) {
 
 template <class T>
 bool has_one_pass(int64_t M, int64_t N, int64_t K, int64_t r) {
-  // At the levels below AVX-512, and in fp64, torch's own product is faster.
-  const Fused<float>& single = kernels();
-  if (M <= kFewRows) return single.product != nullptr && !std::is_same_v<T, double>;
+  const Dense<T>& dense = table<T>();
+  if (M <= kFewRows) return dense.across != nullptr;
   const Fused<bf16>& k = kernels();
   return std::is_same_v<T, bf16> && k.product != nullptr && M <= kTileRows && N * K <= kTileWeight && r <= kTileRank;
 }

@@ -92,7 +92,7 @@ template <class T>
 struct Dense {
   void (*project)(const Project<T>&);
   void (*expand)(const Expand<T>&);
-  void (*across)(const Across<T>&);
+  void (*across)(const Across<T>&);  // null: torch's own product is faster
 };
 template <class A, class P>
 struct Paged {

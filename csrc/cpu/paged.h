@@ -7,6 +7,9 @@
 #include <cstdlib>
 
 #include "cpu/expand.h"
+#if defined(__AVX512F__)
+#include "cpu/rotate_pairs.h"
+#endif
 
 namespace loraxs::cpu {
 namespace {
@@ -71,6 +74,10 @@ void rotate_one(const Rotate<A, P>& g, int64_t m, const P* page, const P* next) 
   constexpr int lanes = Vec<A>::lanes;
   const A* p = g.p + m * g.r;
   A* q = g.q + m * g.r;
+#if defined(__AVX512F__)
+  if constexpr (same<P, bf16>)
+    if (rotate_pairs<kAsks>(p, page, next, q, g.r, g.alpha, g.transposed)) return;
+#endif
   if (!g.transposed) return rotate_row<kAsks>(p, page, next, q, g.r, g.alpha);
   int64_t j = 0;
   for (; j + 4 * lanes <= g.r; j += 4 * lanes) rotate_back<kAsks, 4>(p, page, next, q, g.r, j, lanes, g.alpha);
@@ -106,8 +113,8 @@ bool rotate_run(const Rotate<A, P>& g, int64_t m, int64_t count, const P* page) 
   return true;
 }
 
-// From this many rows on, a run beats row by row (Sapphire Rapids, r = 4 to 64).
-constexpr int64_t kRun = 8;
+// From this many rows on, a run beats row by row, or is as good (Sapphire Rapids, r = 4 to 64).
+constexpr int64_t kRun = 32;
 
 // Pages of different slots are as far apart as rows of a slab, and each begins with a miss: they are asked for this
 // many rows early, or the beginning of them: the hardware goes on by itself.

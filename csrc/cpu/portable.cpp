@@ -6,7 +6,7 @@ namespace loraxs::cpu {
 constinit const Kernels portable_kernels = level();
 
 const Kernels64 portable_kernels64 = {
-    {project<double>, expand<double>, across<double>},
+    {project<double>, expand<double>, nullptr},
     {rotate<double, double>, outer<double, double>},
     {rotate<double, float>, outer<double, float>},
     scaled<double, double>,

@@ -35,6 +35,8 @@ SHAPES = {
     "one tile and a row": (17, 1090, 47, 16, 3),
     "two tiles and a row": (33, 64, 2049, 5, 3),
     "whole tiles": (64, 128, 192, 64, 5),
+    "rank 32": (21, 40, 96, 32, 15),
+    "pages that outgrow a cache": (300, 32, 64, 64, 300),
     "rank 100": (50, 96, 200, 100, 2),
     "rank beyond tiles": (20, 40, 50, 260, 2),
 }
