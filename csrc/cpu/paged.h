@@ -116,36 +116,32 @@ bool rotate_run(const Rotate<A, P>& g, int64_t m, int64_t count, const P* page) 
 // From this many rows on, a run beats row by row, or is as good (Sapphire Rapids, r = 4 to 64).
 constexpr int64_t kRun = 32;
 
-// Pages of different slots are as far apart as rows of a slab, and each begins with a miss: they are asked for this
-// many rows early, or the beginning of them: the hardware goes on by itself.
-constexpr int64_t kRowsAhead = 8, kLine = 64, kPageLines = 16;
+// Pages of different slots are as far apart as rows of a slab, and each begins with a miss: so much of them is asked
+// for ahead. A page is asked for line by line while another is read, for a burst of requests would have to wait for
+// itself; but short rows are less than a line.
+constexpr int64_t kBytesAhead = 8 << 10, kRowsAhead = 8, kLine = 64;
 
-// Where the pages of a call outgrow L2 the hardware does not keep up: all of a page is asked for, so much of them
-// ahead.
-constexpr int64_t kFarBytes = 1 << 20, kBytesAhead = 32 << 10;
-
-// The page of row m; `other` where it has none.
+// The page of row m, or null.
 template <class A, class P>
-const P* page_of(const Rotate<A, P>& g, int64_t m, const P* other) {
-  return m < g.M && g.slots[m] >= 0 ? g.pages + g.slots[m] * g.page_stride : other;
+const P* page_of(const Rotate<A, P>& g, int64_t m) {
+  return g.slots && m < g.M && g.slots[m] >= 0 ? g.pages + g.slots[m] * g.page_stride : nullptr;
 }
 
 template <class A, class P>
 void ask_for_page(const Rotate<A, P>& g, int64_t m) {
   constexpr int64_t line = kLine / int64_t(sizeof(P));
-  if (const P* page = page_of<A, P>(g, m, nullptr))
-    for (int64_t i = 0; i < least(g.r * g.r, kPageLines * line); i += line) __builtin_prefetch(page + i);
+  if (const P* page = page_of(g, m))
+    for (int64_t i = 0; i < g.r * g.r; i += line) __builtin_prefetch(page + i);
 }
 
 template <class A, class P>
 void rotate(const Rotate<A, P>& g) {
-  const int64_t bytes = g.r * g.r * int64_t(sizeof(P)), ahead = kBytesAhead / bytes + 1;
-  const bool far = g.slots && bytes > kPageLines * kLine && g.M * bytes > kFarBytes, near = g.slots && !far;
-  if (near)
-    for (int64_t m = 0; m < kRowsAhead; ++m) ask_for_page(g, m);
+  const bool short_rows = g.r < Vec<A>::lanes;
+  const int64_t ahead = short_rows ? kRowsAhead : kBytesAhead / (g.r * g.r * int64_t(sizeof(P))) + 1;
+  if (short_rows)
+    for (int64_t m = 0; m < ahead; ++m) ask_for_page(g, m);
   for (int64_t m = 0, end = 0; m < g.M; m = end) {
     const int64_t slot = g.slots ? g.slots[m] : 0;
-    if (near) ask_for_page(g, m + kRowsAhead);
     for (end = g.slots ? m + 1 : g.M; end < g.M && g.slots[end] == slot;) ++end;
     if (slot < 0) {
       for (int64_t i = m * g.r; i < end * g.r; ++i) g.q[i] = 0;
@@ -153,8 +149,11 @@ void rotate(const Rotate<A, P>& g) {
     }
     const P* page = g.pages + slot * g.page_stride;
     if (end - m >= kRun && rotate_run(g, m, end - m, page)) continue;
-    for (int64_t i = m; i < end; ++i)
-      far ? rotate_one<true>(g, i, page, page_of(g, i + ahead, page)) : rotate_one<false>(g, i, page, page);
+    for (int64_t i = m; i < end; ++i) {
+      if (short_rows) ask_for_page(g, i + ahead);
+      const P* next = short_rows ? nullptr : page_of(g, i + ahead);
+      next&& next != page ? rotate_one<true>(g, i, page, next) : rotate_one<false>(g, i, page, page);
+    }
   }
 }
 

@@ -85,13 +85,15 @@ inline __m512 sum_lanes(const Single half[4]) {
 }
 
 // q = alpha * R p for r = 16: two rows in a register, and all sums at once.
-inline void rotate_pair_sixteen(const float* p, const bf16* page, float* q, float alpha) {
+template <bool kAsks>
+void rotate_pair_sixteen(const float* p, const bf16* page, const bf16* next, float* q, float alpha) {
   const Single all = Single::load(p);
   const Pairs tp = apart(all, all);
   Single sum[8];
   for (int i = 0; i < 8; ++i) {
     const Pairs rows = Pairs::load(page + i * kPair);
     sum[i] = (rows.even * tp.even).fma(rows.odd, tp.odd);
+    if (kAsks) __builtin_prefetch(next + i * kPair, 0, kIntoL2);
   }
   const __m512 first = sum_lanes(sum), second = sum_lanes(sum + 4);
   const __m512 sums =
@@ -111,7 +113,7 @@ bool rotate_pairs(const float* p, const bf16* page, const bf16* next, float* q, 
     transposed ? rotate_pair_columns<kAsks, 1>(p, page, next, q, alpha)
                : rotate_pair_rows<kAsks, 1>(p, page, next, q, alpha);
   else if (r == Single::lanes && !transposed)
-    rotate_pair_sixteen(p, page, q, alpha);
+    rotate_pair_sixteen<kAsks>(p, page, next, q, alpha);
   else
     return false;
   return true;
