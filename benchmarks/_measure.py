@@ -11,7 +11,7 @@ import shutil
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,10 @@ import torch
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
 
-# Short calls of one provider are timed together until they fill this, after one that is not timed: a model calls the
-# same layer code over and over, so neither the clock's cost nor the caches that the last provider left may count.
-SLICE_SECONDS = 1e-3
+# Short calls of one provider are timed together until they fill the first, and calls that take no longer than the
+# second come after one that is not timed: a model calls the same layer code over and over, so neither the clock's cost
+# nor the caches that the last provider left may count.
+SLICE_SECONDS, WARM_SECONDS = 1e-3, 10e-3
 MIN_ROUNDS = 7
 
 
@@ -34,40 +35,50 @@ def wall_clock(call: Callable[[], Any], repeat: int) -> float:
     return time.perf_counter() - start
 
 
+def turns(names: Sequence[str], shuffle: random.Random) -> Iterator[list[str]]:
+    """Orders of the names without end, in blocks in which each comes right after each other one equally often.
+
+    A call meets the clock speed and the caches that its neighbour left; with one fixed order that is a bias of several
+    per cent. The blocks are Latin squares balanced for that (Williams 1949), their rows in random order.
+    """
+    n = len(names)
+    zigzag = [(i + 1) // 2 if i % 2 else n - i // 2 for i in range(n)]  # n, 1, n - 1, 2, …: every distance once
+    while True:
+        labels = shuffle.sample(list(names), n)
+        block = [[labels[(z + i) % n] for z in zigzag] for i in range(n)]
+        block += [order[::-1] for order in block] if n % 2 else []
+        shuffle.shuffle(block)
+        yield from block
+
+
 def alternate(
     providers: Mapping[str, Callable[[], Any]],
     seconds: float,
     stopwatch: Callable[[Callable[[], Any], int], float] = wall_clock,
-    rotate: bool = True,
 ) -> dict[str, list[float]]:
     """Seconds per call of every provider, one sample a round, all providers in each round.
 
-    Machines drift and share cores: a ratio is taken within a round, where both sides met the same conditions. The order
-    is shuffled, so that nobody always runs in the caches that the same neighbour left, and then rotated once around, so
-    that everybody is first, and meets cold caches, equally often. Calls that outgrow all caches need no rotation.
+    Machines drift and share cores: a ratio is taken within a round, where both sides met the same conditions.
 
     Args:
         providers: what to time, by name.
         seconds: time to spend on all of them together; `MIN_ROUNDS` rounds run in any case.
         stopwatch: (call, repeat) -> seconds for `repeat` calls; for devices that work asynchronously.
-        rotate: whether a round goes once around; it then takes as many turns as there are providers.
     """
-    names = list(providers)
-    inner = {}
-    for name in names:
-        providers[name]()
-        inner[name] = max(1, min(100, int(SLICE_SECONDS / max(stopwatch(providers[name], 1), 1e-7))))
-    samples: dict[str, list[float]] = {name: [] for name in names}
+    once = {}
+    for name, call in providers.items():
+        call()
+        once[name] = max(stopwatch(call, 1), 1e-7)
+    samples: dict[str, list[float]] = {name: [] for name in providers}
     end = time.perf_counter() + seconds
-    shuffle = random.Random(0)
-    while len(samples[names[0]]) < MIN_ROUNDS or time.perf_counter() < end:
-        shuffle.shuffle(names)
-        for first in range(len(names) if rotate else 1):
-            for name in names[first:] + names[:first]:
-                call, repeat = providers[name], inner[name]
-                if repeat > 1:
-                    call()
-                samples[name].append(stopwatch(call, repeat) / repeat)
+    for done, order in enumerate(turns(list(providers), random.Random(0))):
+        if done >= MIN_ROUNDS and time.perf_counter() > end:
+            break
+        for name in order:
+            call, repeat = providers[name], max(1, min(100, int(SLICE_SECONDS / once[name])))
+            if once[name] < WARM_SECONDS:
+                call()
+            samples[name].append(stopwatch(call, repeat) / repeat)
     return samples
 
 

@@ -261,12 +261,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="widths 384 and 1024, rank 16, short runs")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="torch threads")
-    parser.add_argument("--seconds", type=float, help="time per cell; default 1.5, or 0.5 with --quick")
+    parser.add_argument("--seconds", type=float, help="time per cell; default 2, or 0.5 with --quick")
     parser.add_argument("--output", help="name of the results file; default linear-cpu, nothing with --quick")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    seconds = args.seconds or (0.5 if args.quick else 1.5)
+    seconds = args.seconds or (0.5 if args.quick else 2.0)
     print(f"{torch.get_num_threads()} threads; times of F.linear in us, the rest as ratios to it\n{HEADER}")
     rows = []
     for dtype, width, r in grid(args.quick):

@@ -118,7 +118,7 @@ def measure(make_model: Callable[[], PreTrainedModel], adapters: int, length: in
         LORA: one_step(get_peft_model(make_model(), LoraConfig(**TARGETS)).train(), ids),
         one_by_one: many_step(many, ids, 1),
     }
-    samples = alternate(steps, seconds, rotate=False)
+    samples = alternate(steps, seconds)
     return {
         "model": type(base).__name__,
         "parameters": sum(p.numel() for p in base.parameters()),

@@ -83,7 +83,7 @@ def measure(
         limits[name] = calls[0].work.seconds(ceilings)
     begin("timing")
     runs = {name: entry.run for name, entry in timed.items()}
-    samples = alternate(runs, seconds, clock.seconds, rotate=False) if runs else {}
+    samples = alternate(runs, seconds, clock.seconds) if runs else {}
     each = {name: [sample / len(layers) for sample in own] for name, own in samples.items()}
     row["clock"] = "CUDA graph" if not cell.backward else "events around eager calls"
     row["times"] = {name: summary(own) for name, own in each.items()}

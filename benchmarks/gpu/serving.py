@@ -200,7 +200,7 @@ def _decode(
             mixed = clock.record([lambda: step(model)], graph=True)
             error = _check(plain, mixed, buffer, slots, TOLERANCE[scale.dtype])
             buffer.copy_(slots)
-            samples = alternate({BASE: plain.run, LORAXS: mixed.run}, seconds, clock.seconds, rotate=False)
+            samples = alternate({BASE: plain.run, LORAXS: mixed.run}, seconds, clock.seconds)
     medians = {name: statistics.median(some) for name, some in samples.items()}
     return {
         "kind": KIND,
