@@ -152,7 +152,8 @@ void rotate(const Rotate<A, P>& g) {
     for (int64_t i = m; i < end; ++i) {
       if (short_rows) ask_for_page(g, i + ahead);
       const P* next = short_rows ? nullptr : page_of(g, i + ahead);
-      next&& next != page ? rotate_one<true>(g, i, page, next) : rotate_one<false>(g, i, page, page);
+      const bool asks = next != nullptr && next != page;
+      asks ? rotate_one<true>(g, i, page, next) : rotate_one<false>(g, i, page, page);
     }
   }
 }

@@ -76,14 +76,6 @@ void rotate_pair_columns(const float* p, const bf16* page, const bf16* next, flo
   }
 }
 
-// [128-bit lane l][k]: the sum of that lane of half[k].
-inline __m512 sum_lanes(const Single half[4]) {
-  const __m512 a = half[0].v, b = half[1].v, c = half[2].v, d = half[3].v;
-  const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
-  const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
-  return _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
-}
-
 // q = alpha * R p for r = 16: two rows in a register, and all sums at once.
 template <bool kAsks>
 void rotate_pair_sixteen(const float* p, const bf16* page, const bf16* next, float* q, float alpha) {
@@ -95,7 +87,8 @@ void rotate_pair_sixteen(const float* p, const bf16* page, const bf16* next, flo
     sum[i] = (rows.even * tp.even).fma(rows.odd, tp.odd);
     if (kAsks) __builtin_prefetch(next + i * kPair, 0, kIntoL2);
   }
-  const __m512 first = sum_lanes(sum), second = sum_lanes(sum + 4);
+  const __m512 first = Single::sum_lanes(sum[0], sum[1], sum[2], sum[3]);
+  const __m512 second = Single::sum_lanes(sum[4], sum[5], sum[6], sum[7]);
   const __m512 sums =
       _mm512_add_ps(_mm512_shuffle_f32x4(first, second, 0x88), _mm512_shuffle_f32x4(first, second, 0xdd));
   const __m512i order = _mm512_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15);

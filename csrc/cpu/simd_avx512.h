@@ -41,10 +41,14 @@ struct Vec<float> {
     return {_mm512_maskz_div_ps(positive, _mm512_set1_ps(1), _mm512_sqrt_ps(v))};
   }
   Vec keep_lanes(uint32_t bits) const { return {_mm512_maskz_mov_ps(__mmask16(bits), v)}; }
-  static void sum4(Vec a, Vec b, Vec c, Vec d, float alpha, bool fresh, float out[4]) {
+  // Element i of every 128-bit lane: the sum of that lane of the i-th vector.
+  static __m512 sum_lanes(Vec a, Vec b, Vec c, Vec d) {
     const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a.v, b.v), _mm512_unpackhi_ps(a.v, b.v));
     const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c.v, d.v), _mm512_unpackhi_ps(c.v, d.v));
-    const __m512 t = _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
+    return _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
+  }
+  static void sum4(Vec a, Vec b, Vec c, Vec d, float alpha, bool fresh, float out[4]) {
+    const __m512 t = sum_lanes(a, b, c, d);
     const __m256 h = _mm256_add_ps(_mm512_castps512_ps256(t), _mm512_extractf32x8_ps(t, 1));
     const __m128 s = _mm_mul_ps(_mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1)), _mm_set1_ps(alpha));
     _mm_storeu_ps(out, fresh ? s : _mm_add_ps(_mm_loadu_ps(out), s));
