@@ -68,7 +68,10 @@ def test_mixed_batch_equals_each_row_alone(folder, scheme):
     model = get_peft_model(quantized(folder, scheme), CASE.config()).eval()
     model.add_adapter("second", CASE.config(r=6, init_seed=1))
     model.base_model.add_weighted_adapter(["default", "second"], [0.5, 0.5], "sum")
-    assert_rows_as_alone(model, CASE, ["default", "__base__", "second", "sum"])
+    # An activation between two steps of int8 is rounded up or down by the last bit of a sum. Another adapter's logits
+    # differ by more than 1.
+    steps = isinstance(scheme, SCHEMES["weights and activations"])
+    assert_rows_as_alone(model, CASE, ["default", "__base__", "second", "sum"], tolerance=0.05 if steps else 1e-4)
 
 
 def test_merge_quantises_once_more_and_unmerge_restores_every_bit(folder, scheme):
