@@ -48,7 +48,7 @@ FULL = (
     Cell(torch.bfloat16, 1, 32, 32, 7, 16),
     Cell(torch.bfloat16, 8, 32, 32, 7, 8),
     Cell(torch.bfloat16, 64, 32, 24, 5, 4),
-    Cell(torch.bfloat16, 1000, 4, 6, 3),
+    Cell(torch.bfloat16, 1000, 4, 6, 7),
 )
 TINY = (Cell(torch.float32, 1, 6, 4, 2, 3), Cell(torch.float32, 5, 6, 4, 2, 3))
 PEFT_AT_MOST = 64
