@@ -10,9 +10,13 @@ namespace loraxs::cpu {
 // Memory that a thread keeps between calls, so that its pages are mapped once.
 class Arena {
  public:
+  // A thread has one arena for what it does alone, and one for what it shares with others meanwhile.
+  enum Use { kOwn, kShared };
+
   // Starts a call that takes at most this much.
-  explicit Arena(int64_t bytes) {
-    static thread_local Block block;
+  explicit Arena(int64_t bytes, Use use = kOwn) {
+    static thread_local Block blocks[2];
+    Block& block = blocks[use];
     if (block.size < bytes) {
       block.memory.reset();
       block.memory.reset(static_cast<std::byte*>(::operator new[](size_t(bytes), kAlign)));

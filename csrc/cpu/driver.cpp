@@ -83,10 +83,9 @@ constexpr int64_t kInlineNumbers = 64 << 10;
 // From so many slots on, a thread sums whole pages.
 constexpr int64_t kManySlots = 32;
 
-// More than kFewRows rows go by matrix tiles, in bf16, while W is small: they want columns of W, and those of a large
-// one are too far apart. For very many rows torch's own product is as good or better (Sapphire Rapids, widths 384 to
-// 2048).
-constexpr int64_t kTileWeight = 3 << 18, kTileRows = 1024, kTileRank = 256;
+// More than kFewRows rows go by matrix tiles, in bf16, where torch's own product is no better (Sapphire Rapids): W has
+// to be brought into another order first, which pays off if it is small, or rows are many.
+constexpr int64_t kTileWeight = 3 << 18, kLargeTileWeight = 1 << 22, kLargeTileRows = 1024, kTileRank = 256;
 
 // dx in one pass over the weight and dq, for a few rows. Every thread projects all rows for itself: that costs less
 // than to wait for each other once more.
@@ -115,8 +114,7 @@ void many_rows(const Backward<T, P>& g, acc_t<T>* dq) {
                                  g.weight,
                                  nullptr,
                                  true};
-    fused(&layer, 1);
-    for (int64_t i = 0; i < g.M * g.r; ++i) dq[i] *= acc_t<T>(g.scale);
+    many_tokens(layer);
   }
 }
 
@@ -168,8 +166,9 @@ template <class T>
 bool has_one_pass(int64_t M, int64_t N, int64_t K, int64_t r) {
   const Dense<T>& dense = table<T>();
   if (M <= kFewRows) return dense.across != nullptr;
-  const Fused<bf16>& k = kernels();
-  return std::is_same_v<T, bf16> && k.product != nullptr && M <= kTileRows && N * K <= kTileWeight && r <= kTileRank;
+  const Many<bf16>& k = kernels();
+  return std::is_same_v<T, bf16> && k.product != nullptr && r <= kTileRank &&
+         N * K <= (M < kLargeTileRows ? kTileWeight : kLargeTileWeight);
 }
 
 template <class T, class P>

@@ -37,6 +37,10 @@ struct FusedLayer {
 template <class T, class P>
 void fused(const FusedLayer<T, P>* layers, int64_t count);
 
+// The same for many tokens in bf16, where the CPU has such kernels: all of W is brought into another order first.
+template <class P>
+void many_tokens(const FusedLayer<bf16, P>&);
+
 // Whether dx is better formed in one pass over the weight [N, K] than after a product by torch. There is no such pass
 // with dropout.
 template <class T>

@@ -39,6 +39,10 @@ constexpr int64_t kOwnTokens = 64;
 // From this many tokens on, a part of every sum is not kept in longer panels.
 constexpr int64_t kPartTokens = 256;
 
+// From so many tokens on, against the size of W, it pays in bf16 to bring W into an order in which nothing has to be
+// turned around for a token; as long as W is not so large that it would come from memory once more (Sapphire Rapids).
+constexpr int64_t kOrderTokens = 4, kOrderWeight = 1 << 22;
+
 // Multiply-adds of one core in the time of a fork and join, about 10 us.
 template <class T>
 constexpr int64_t kInlineWork = sizeof(T) == 2 ? 200'000 : 100'000;
@@ -58,13 +62,12 @@ class Call {
         shared_(shared),
         weight_(layer.weight),
         bias_(layer.bias),
-        transposed_(layer.transposed),
         k_(k),
         depth_(k.depth(g_.K)),
         rank_depth_(k.rank_depth(g_.r)) {}
 
   // A few tokens in fp32.
-  bool dots() const { return std::is_same_v<T, float> && g_.M <= kDotTokens && !transposed_; }
+  bool dots() const { return std::is_same_v<T, float> && g_.M <= kDotTokens; }
 
   int64_t work() const { return g_.M * g_.K * g_.N; }
 
@@ -221,28 +224,38 @@ class Call {
     T* x = panels.x + at * k_.depth(part.size);
     k_.pack({g_.x + m * g_.K + part.from, g_.K, count, part.size, panels.tokens, x});
     k_.product({x, panels.tokens, g_.a + part.from, g_.K, count, part.size, 0, g_.r, nullptr, nullptr, nullptr, 0, 0,
-                nullptr, p, g_.r, false, part.from > 0});
+                nullptr, p, g_.r, part.from > 0});
     if (part.from + part.size < g_.K) return;
     paged.rotate(
-        {p, g_.pages, g_.page_stride, g_.slots ? g_.slots + m : nullptr, q, count, g_.r, float(g_.scale), transposed_});
+        {p, g_.pages, g_.page_stride, g_.slots ? g_.slots + m : nullptr, q, count, g_.r, float(g_.scale), false});
     k_.pack_ranks({q, g_.r, count, g_.r, panels.tokens, panels.q + at * rank_depth_});
   }
 
   void multiply(int64_t m, int64_t count, const Panels& panels, const Part& part, int64_t b0, int64_t b1) const {
     const bool last = part.from + part.size == g_.K;
-    k_.product({panels.x, panels.tokens, weight_ + part.from * (transposed_ ? g_.N : 1), transposed_ ? g_.N : g_.K,
-                count, part.size, b0 * kColumnGrain, std::min(b1 * kColumnGrain, g_.N), last ? bias_ : nullptr,
-                last ? panels.q : nullptr, g_.bt, g_.N, g_.r, g_.out + m * g_.N, nullptr, g_.N, transposed_,
-                part.from > 0});
+    k_.product({panels.x, panels.tokens, weight_ + part.from, g_.K, count, part.size, b0 * kColumnGrain,
+                std::min(b1 * kColumnGrain, g_.N), last ? bias_ : nullptr, last ? panels.q : nullptr, g_.bt, g_.N, g_.r,
+                g_.out + m * g_.N, nullptr, g_.N, part.from > 0});
   }
 
   const Forward<T, P>& g_;
   SharedP* const shared_;
   const T *weight_, *bias_;
-  const bool transposed_;
   const Fused<T>& k_;
   const int64_t depth_, rank_depth_;
 };
+
+// Many tokens of one layer, by all threads.
+template <class T, class P>
+void run_many(const FusedLayer<T, P>& layer, int threads) {
+  const auto& g = layer.g;
+  if constexpr (std::is_same_v<T, bf16>) {
+    const Many<bf16>& k = kernels();
+    if (k.product && g.N * g.K <= kOrderWeight && g.M * (g.N + g.K) >= kOrderTokens * g.N * g.K)
+      return many_tokens(layer);
+  }
+  Call<T, P>(layer, kernels()).run_many(threads);
+}
 
 }  // namespace
 
@@ -264,7 +277,7 @@ void fused(const FusedLayer<T, P>* layers, int64_t count) {
   }
   const int threads = work < kInlineWork<T> ? 1 : thread_count();
   if (threads > 1 && !few_tokens) {
-    for (int64_t i = 0; i < count; ++i) Call<T, P>(layers[i], k).run_many(threads);
+    for (int64_t i = 0; i < count; ++i) run_many(layers[i], threads);
     return;
   }
   std::vector<SharedP> shared(static_cast<size_t>(count));

@@ -61,33 +61,6 @@ inline void copy_rows(const Factor& w, int64_t n, int64_t k, int64_t steps, bf16
   }
 }
 
-// Columns n .. n + 32 of a w that is read across, likewise; those of the next block are asked for.
-inline void copy_across(const Product<bf16>& g, int64_t n, int64_t k, int64_t steps, bf16* out) {
-  // Words of (row 2 i, row 2 i + 1) for the columns 0 .. 16, and 16 .. 32.
-  alignas(64) static constexpr uint16_t kLow[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
-                                                    8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
-  const __m512i low = _mm512_load_si512(kLow), high = _mm512_add_epi16(low, _mm512_set1_epi16(kTile));
-  const __mmask32 mask = __mmask32((uint64_t(1) << least(kBlock, g.n1 - n)) - 1);
-  for (int64_t s = 0; s < steps; ++s, k += kTileDepth, out += 2 * kTileElements) {
-    __m512i first[16], second[16], rows[16];
-    for (int64_t i = 0; i < kTile; ++i) {
-      __m512i row[2];
-      for (int64_t j = 0; j < 2; ++j) {
-        const int64_t at = k + 2 * i + j;
-        const bf16* w = g.w + at * g.ldw + n;
-        row[j] = at < g.K ? _mm512_maskz_loadu_epi16(mask, w) : _mm512_setzero_si512();
-        if (at < g.K && n + kBlock < g.n1) __builtin_prefetch(w + kBlock, 0, kIntoL2);
-      }
-      first[i] = _mm512_permutex2var_epi16(row[0], low, row[1]);
-      second[i] = _mm512_permutex2var_epi16(row[0], high, row[1]);
-    }
-    transpose_words(first, rows);
-    for (int64_t i = 0; i < kTile; ++i) _mm512_store_si512(out + i * kTileDepth, rows[i]);
-    transpose_words(second, rows);
-    for (int64_t i = 0; i < kTile; ++i) _mm512_store_si512(out + kTileElements + i * kTileDepth, rows[i]);
-  }
-}
-
 // Columns n .. n + 32 of b as first factors, in the order of the steps of q.
 inline void copy_columns(const Product<bf16>& g, int64_t n, bf16* out) {
   const int64_t tiles = tile_steps(g.r), steps = rank_steps(g.r);
@@ -159,28 +132,47 @@ inline void finish_block(const Product<bf16>& g, const Sums& sums, int64_t m, in
 struct Ahead {
   const bf16* rows;
   int64_t ld, first, last;
+
+  void operator()(int64_t step) const {
+    for (int64_t i = first; i < last; ++i)
+      _mm_prefetch(reinterpret_cast<const char*>(rows + i * ld + step * kTileDepth), _MM_HINT_T0);
+  }
 };
 
-// Adds `steps` products of tiles to the sums: one or two tiles of rows of w (steps of ws elements, rows of wl bytes) by
-// one or two tiles of tokens.
-template <bool kTwoRows, bool kTwoTokens>
-void add_tiles(const bf16* w0, const bf16* w1, int64_t ws, int64_t wl, const bf16* x0, const bf16* x1, int64_t steps,
-               const Ahead& ahead) {
-  for (int64_t s = 0; s < steps; ++s, w0 += ws, w1 += ws, x0 += kTileElements, x1 += kTileElements) {
-    _tile_loadd(6, x0, 64);
-    _tile_loadd(4, w0, wl);
+// Up to so large a W tokens pass by W rather than the other way round (Sapphire Rapids: 5 to 20 % up to 2048 x 2048,
+// nothing at 3584 x 3584, a loss of 20 % at 4096 x 4096).
+constexpr int64_t kPassingWeight = 3 << 22;
+
+// Which factor of a product of tiles goes by only once, and should not push the other one out of L1.
+enum class Passing { none, first, second };
+
+// The intrinsics want the number of the tile as a literal.
+#define LORAXS_LOAD_TILE(once, tile, from, bytes) \
+  if constexpr (once)                             \
+    _tile_stream_loadd(tile, from, bytes);        \
+  else                                            \
+    _tile_loadd(tile, from, bytes)
+
+// Adds `steps` products of tiles to the sums: one or two tiles of rows as first factors (steps of `stride` elements,
+// rows of `bytes`) by one or two packed tiles. The vector units do what `beside` asks for meanwhile.
+template <bool kTwoFirst, bool kTwoSecond, Passing kPassing, class Beside>
+void add_tiles(const bf16* a0, const bf16* a1, int64_t stride, int64_t bytes, const bf16* b0, const bf16* b1,
+               int64_t steps, Beside& beside) {
+  constexpr bool first = kPassing == Passing::first, second = kPassing == Passing::second;
+  for (int64_t s = 0; s < steps; ++s, a0 += stride, a1 += stride, b0 += kTileElements, b1 += kTileElements) {
+    LORAXS_LOAD_TILE(second, 6, b0, 64);
+    LORAXS_LOAD_TILE(first, 4, a0, bytes);
     _tile_dpbf16ps(0, 4, 6);
-    if constexpr (kTwoTokens) {
-      _tile_loadd(7, x1, 64);
+    if constexpr (kTwoSecond) {
+      LORAXS_LOAD_TILE(second, 7, b1, 64);
       _tile_dpbf16ps(1, 4, 7);
     }
-    if constexpr (kTwoRows) {
-      _tile_loadd(5, w1, wl);
+    if constexpr (kTwoFirst) {
+      LORAXS_LOAD_TILE(first, 5, a1, bytes);
       _tile_dpbf16ps(2, 5, 6);
-      if constexpr (kTwoTokens) _tile_dpbf16ps(3, 5, 7);
+      if constexpr (kTwoSecond) _tile_dpbf16ps(3, 5, 7);
     }
-    for (int64_t i = ahead.first; i < ahead.last; ++i)
-      _mm_prefetch(reinterpret_cast<const char*>(ahead.rows + i * ahead.ld + s * kTileDepth), _MM_HINT_T0);
+    beside(s);
   }
 }
 
@@ -192,10 +184,16 @@ inline void product_tiles(const Product<bf16>& g) {
   alignas(64) bf16 piece[kPiece], b[2 * 2 * kMaxTileRank / kTileDepth * kTileElements];
   const TileSession session;
   const int64_t pieces = (steps + kPieceSteps - 1) / kPieceSteps, piece_steps = (steps + pieces - 1) / pieces;
+  const bool once = (g.n1 - g.n0) * g.K <= kPassingWeight;
   for (int64_t n = g.n0; n < g.n1; n += kBlock) {
     const bool two_rows = n + kTile < g.n1;
-    const auto add = two_rows ? add_tiles<true, true> : add_tiles<false, true>;
-    const auto add_last = tiles % 2 == 0 ? add : two_rows ? add_tiles<true, false> : add_tiles<false, false>;
+    const auto add = once ? (two_rows ? add_tiles<true, true, Passing::second, const Ahead>
+                                      : add_tiles<false, true, Passing::second, const Ahead>)
+                          : (two_rows ? add_tiles<true, true, Passing::none, const Ahead>
+                                      : add_tiles<false, true, Passing::none, const Ahead>);
+    const auto add_last = tiles % 2 == 0 ? add
+                          : two_rows     ? add_tiles<true, false, Passing::none, const Ahead>
+                                         : add_tiles<false, false, Passing::none, const Ahead>;
     if (ranks) {
       copy_columns(g, n, b);
       if (n + kBlock < g.n1)
@@ -203,22 +201,17 @@ inline void product_tiles(const Product<bf16>& g) {
     }
     // Few tokens read a row of W once or twice; for more, or where rows end early, a copy pays: a piece of W that
     // stays in L1, where rows a power of two apart would evict each other.
-    const bool in_place = !g.across && pairs <= 2 && n + kBlock <= g.n1 && g.K % kTileDepth == 0;
+    const bool in_place = pairs <= 2 && n + kBlock <= g.n1 && g.K % kTileDepth == 0;
     for (int64_t k = 0; k < steps; k += in_place ? steps : piece_steps) {
       const int64_t count = in_place ? steps : least(piece_steps, steps - k);
       const bool last = k + count == steps;
-      if (g.across)
-        copy_across(g, n, k * kTileDepth, count, piece);
-      else if (!in_place)
-        copy_rows(w, n, k * kTileDepth, count, piece);
+      if (!in_place) copy_rows(w, n, k * kTileDepth, count, piece);
       TileSession::fence();
       const bf16* w0 = in_place ? g.w + n * g.ldw : piece;
       const bf16* w1 = w0 + (in_place ? kTile * g.ldw : kTileElements);
       const int64_t ws = in_place ? kTileDepth : 2 * kTileElements, wl = in_place ? g.ldw * 2 : 64;
       Ahead ahead{last ? g.w + (n + kBlock) * g.ldw : g.w + n * g.ldw + (k + count) * kTileDepth, g.ldw, 0, 0};
-      const int64_t ahead_rows = pairs == 1 || g.across ? 0
-                                 : last                 ? least(kBlock, g.n1 - n - kBlock)
-                                                        : least(kBlock, g.n1 - n);
+      const int64_t ahead_rows = pairs == 1 ? 0 : last ? least(kBlock, g.n1 - n - kBlock) : least(kBlock, g.n1 - n);
       for (int64_t pair = 0; pair < pairs; ++pair) {
         const bf16* x0 = g.x + (2 * pair * steps + k) * kTileElements;
         const auto add_pair = pair + 1 < pairs ? add : add_last;
@@ -239,7 +232,8 @@ inline void product_tiles(const Product<bf16>& g) {
         add_pair(w0, w1, ws, wl, x0, x0 + steps * kTileElements, count, ahead);
         if (last && ranks) {
           const bf16* q0 = g.q + 2 * pair * ranks * kTileElements;
-          add_pair(b, b + kTileElements, 2 * kTileElements, 64, q0, q0 + ranks * kTileElements, ranks, {});
+          const Ahead nothing{};
+          add_pair(b, b + kTileElements, 2 * kTileElements, 64, q0, q0 + ranks * kTileElements, ranks, nothing);
         }
         // The block before is finished while the tiles work on this one.
         if (last && pair > 0) finish_block(g, sums[pair - 1], (pair - 1) * kBlock, n);

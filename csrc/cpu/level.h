@@ -24,7 +24,8 @@ constexpr Dense<T> dense = {project<T>, expand<T>, nullptr};
 template <class T, class P>
 constexpr Scaled<T, P> scaled = {rescale<T, P>, rescale_back<T, P>, total<acc_t<T>, P>};
 
-constexpr Kernels level(Dense<bf16> half = dense<bf16>, Fused<float> fused_single = {}, Fused<bf16> fused_half = {}) {
+constexpr Kernels level(Dense<bf16> half = dense<bf16>, Fused<float> fused_single = {}, Fused<bf16> fused_half = {},
+                        Many<bf16> many = {}) {
   return {
       dense<float>,
       half,
@@ -42,6 +43,7 @@ constexpr Kernels level(Dense<bf16> half = dense<bf16>, Fused<float> fused_singl
       {row_scale<f16>},
       fused_single,
       fused_half,
+      many,
   };
 }
 

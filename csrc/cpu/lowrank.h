@@ -170,7 +170,7 @@ template <class T>
 struct Product {
   const T* x;      // packed tokens
   int64_t tokens;  // of a panel
-  const T* w;      // [N, K], contiguous along K; or, if `across`, [K, N], contiguous along N: bf16 only
+  const T* w;      // [N, K], contiguous along K
   int64_t ldw, M, K, n0, n1;
   const T* bias;  // null: none
   const T* q;     // packed rows of q, or null: no low-rank part
@@ -179,7 +179,6 @@ struct Product {
   T* y;      // [M, N], or null:
   float* p;  // the same numbers unrounded
   int64_t ldy;
-  bool across = false;
   bool more = false;  // the sum goes on from what is there; only where Fused::piece allows it
 };
 
@@ -192,6 +191,44 @@ struct Fused {
   void (*pack)(const Pack<T, T>&);
   void (*pack_ranks)(const Pack<T, float>&);
   void (*product)(const Product<T>&);
+};
+
+// Columns n0 .. n1 of w and b in panels of kPanelColumns.
+constexpr int64_t kPanelColumns = 32;
+template <class T>
+struct Panels {
+  const T* w;  // [N, K], contiguous along K; or, if `across`, [K, N], contiguous along N
+  int64_t ldw, K;
+  bool across;
+  const T* b;  // [r, N], contiguous along N; r = 0: none
+  int64_t ldb, r;
+  int64_t n0, n1;  // n0 is the first column of a panel
+  T* out;
+};
+
+// y[m, n] = x[m] . w[n] + bias[n] + q[m] . b[:, n] for n in [n0, n1), from panels.
+template <class T>
+struct PanelProduct {
+  const T* x;  // can be read up to whole tiles: 16 tokens, kPanelColumns elements of K
+  int64_t ldx, M, K;
+  const T* panels;
+  int64_t n0, n1;
+  const T* bias;  // null: none
+  const T* q;     // packed rows of q, or null: no low-rank part
+  int64_t r;      // 0: none
+  T* y;           // [M, N], or null:
+  float* p;       // the same numbers unrounded, times alpha
+  int64_t ldy;
+  float alpha;
+};
+
+// The same for so many tokens that it pays to bring all of W into another order first; null where it never does.
+template <class T>
+struct Many {
+  int64_t (*panel_size)(int64_t K, int64_t r), (*rank_depth)(int64_t);  // elements of a panel, and of a packed q
+  void (*pack)(const Panels<T>&);
+  void (*pack_ranks)(const Pack<T, float>&);
+  void (*product)(const PanelProduct<T>&);
 };
 
 // One instruction-set level. Inheritance only so that a template can pick its entry by type.
@@ -210,7 +247,8 @@ struct Kernels : Dense<float>,
                  Lengths<bf16>,
                  Lengths<f16>,
                  Fused<float>,
-                 Fused<bf16> {};
+                 Fused<bf16>,
+                 Many<bf16> {};
 struct Kernels64 : Dense<double>,
                    Paged<double, double>,
                    Paged<double, float>,

@@ -162,25 +162,43 @@ void rotate(const Rotate<A, P>& g) {
 // piece, and the result depends on nothing but the slot's own rows.
 constexpr int64_t kOuterPiece = 128;
 
-// d[i0 .. i0 + 4, j .. j + lanes) of one slot.
-template <class A, class P>
-void outer_block(const Outer<A, P>& g, int64_t i, int64_t j) {
+// d[i .. i + 4, j .. j + C vectors) of one slot.
+template <int C, class A, class P>
+void outer_block(const Outer<A, P>& g, int64_t i, int64_t j, int left) {
   using V = Vec<A>;
-  const int left = int(least(V::lanes, g.r - j));
-  int64_t col[4];
-  V total[4];
-  for (int c = 0; c < 4; ++c) col[c] = least(i + c, g.i1 - 1), total[c] = V::zero();
+  int64_t row[4];
+  V total[4][C];
+  for (int k = 0; k < 4; ++k) {
+    row[k] = least(i + k, g.i1 - 1);
+    for (int c = 0; c < C; ++c) total[k][c] = V::zero();
+  }
   for (int64_t t0 = 0; t0 < g.count; t0 += kOuterPiece) {
-    V sum[4];
-    for (int c = 0; c < 4; ++c) sum[c] = V::zero();
+    V sum[4][C];
+    for (int k = 0; k < 4; ++k)
+      for (int c = 0; c < C; ++c) sum[k][c] = V::zero();
     for (int64_t t = t0; t < least(t0 + kOuterPiece, g.count); ++t) {
       const int64_t m = g.rows ? g.rows[t] : t;
-      const V tp = left == V::lanes ? V::load(g.p + m * g.r + j) : V::load_n(g.p + m * g.r + j, left);
-      for (int c = 0; c < 4; ++c) sum[c] = sum[c].fma(V::splat(g.dq[m * g.r + col[c]]), tp);
+      V tp[C];
+      for (int c = 0; c < C; ++c) {
+        const A* p = g.p + m * g.r + j + c * V::lanes;
+        tp[c] = C == 1 && left < V::lanes ? V::load_n(p, left) : V::load(p);
+      }
+      for (int k = 0; k < 4; ++k) {
+        const V dq = V::splat(g.dq[m * g.r + row[k]]);
+        for (int c = 0; c < C; ++c) sum[k][c] = sum[k][c].fma(dq, tp[c]);
+      }
     }
-    for (int c = 0; c < 4; ++c) total[c] = total[c] + sum[c];
+    for (int k = 0; k < 4; ++k)
+      for (int c = 0; c < C; ++c) total[k][c] = total[k][c] + sum[k][c];
   }
-  for (int64_t c = 0; c < least(4, g.i1 - i); ++c) total[c].store_n(g.d + (i + c) * g.r + j, left);
+  for (int64_t k = 0; k < least(4, g.i1 - i); ++k)
+    for (int c = 0; c < C; ++c) {
+      P* d = g.d + (i + k) * g.r + j + c * V::lanes;
+      if (C == 1 && left < V::lanes)
+        total[k][c].store_n(d, left);
+      else
+        total[k][c].store(d);
+    }
 }
 
 // One row: d[i, j] = dq[i] p[j], C vectors of j at a time, written in order.
@@ -203,16 +221,19 @@ void outer_row(const Outer<A, P>& g, const A* dq, const A* p, int64_t j, int lef
 
 template <class A, class P>
 void outer(const Outer<A, P>& g) {
+  constexpr int64_t lanes = Vec<A>::lanes;
   if (g.count == 1) {
-    constexpr int64_t lanes = Vec<A>::lanes;
     const int64_t at = g.rows ? *g.rows * g.r : 0;
     int64_t j = 0;
     for (; j + 4 * lanes <= g.r; j += 4 * lanes) outer_row<4>(g, g.dq + at, g.p + at, j, int(lanes));
     for (; j < g.r; j += lanes) outer_row<1>(g, g.dq + at, g.p + at, j, int(least(lanes, g.r - j)));
     return;
   }
-  for (int64_t i = g.i0; i < g.i1; i += 4)
-    for (int64_t j = 0; j < g.r; j += Vec<A>::lanes) outer_block(g, i, j);
+  for (int64_t i = g.i0; i < g.i1; i += 4) {
+    int64_t j = 0;
+    for (; j + kOuterVecs * lanes <= g.r; j += kOuterVecs * lanes) outer_block<kOuterVecs>(g, i, j, int(lanes));
+    for (; j < g.r; j += lanes) outer_block<1>(g, i, j, int(least(lanes, g.r - j)));
+  }
 }
 
 }  // namespace

@@ -9,6 +9,7 @@ namespace {
 
 constexpr int kRows = 2;         // 2 x 4 sums, 4 + 1 operands: 13 of 16 registers
 constexpr int kExpandVecs = 4;   // 2 x 4 sums, 4 + 1 operands
+constexpr int kOuterVecs = 2;    // 4 x 2 sums of a gradient, 2 + 1 operands
 constexpr int kSingleRanks = 8;  // one row: 8 independent chains cover the FMA latency
 
 template <class A>

@@ -9,6 +9,7 @@ namespace {
 
 constexpr int kRows = 6;         // 6 x 4 sums, 4 + 1 operands: 29 of 32 registers
 constexpr int kExpandVecs = 4;   // the same block in expand
+constexpr int kOuterVecs = 4;    // 4 x 4 sums of a gradient
 constexpr int kSingleRanks = 8;  // one row: 8 independent chains cover the FMA latency; more streams slow memory down
 
 template <class A>

@@ -71,6 +71,7 @@ inline void narrow(float x, f16* out) {
 
 constexpr int kRows = 2;         // rows per register block
 constexpr int kExpandVecs = 2;   // vectors per register block of expand
+constexpr int kOuterVecs = 1;    // vectors per register block of a gradient, beside 4 rows
 constexpr int kSingleRanks = 4;  // ranks per block when there is only one row
 
 template <class A>
