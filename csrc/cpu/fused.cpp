@@ -39,9 +39,9 @@ constexpr int64_t kOwnTokens = 64;
 // From this many tokens on, a part of every sum is not kept in longer panels.
 constexpr int64_t kPartTokens = 256;
 
-// From so many tokens on, against the size of W, it pays in bf16 to bring W into an order in which nothing has to be
-// turned around for a token; as long as W is not so large that it would come from memory once more (Sapphire Rapids).
-constexpr int64_t kOrderTokens = 4, kOrderWeight = 1 << 22;
+// In bf16 W can be turned around instead of x and y: N K numbers for M (N + K), which pays off from this many of the
+// latter on, as long as W is not so large that it would come from memory once more (Sapphire Rapids).
+constexpr int64_t kTurnedPerWeight = 4, kTurnedWeight = 1 << 22;
 
 // Multiply-adds of one core in the time of a fork and join, about 10 us.
 template <class T>
@@ -99,7 +99,7 @@ class Call {
  private:
   int64_t blocks() const { return (g_.N + kColumnGrain - 1) / kColumnGrain; }
 
-  struct Panels {
+  struct Packed {
     int64_t tokens;
     T *x, *q;
   };
@@ -133,7 +133,7 @@ class Call {
     for (int64_t m = m0; m < m1; m += chunk) {
       const int64_t count = std::min(chunk, m1 - m);
       Arena arena(bytes(count, k_.depth(depth), true));
-      const Panels panels = take(arena, count, k_.depth(depth), even_panels(count));
+      const Packed panels = take(arena, count, k_.depth(depth), even_panels(count));
       float* p = g_.p && b0 == 0 ? g_.p + m * g_.r : arena.take<float>(count * g_.r);
       float* q = arena.take<float>(count * g_.r);
       for (int64_t k = 0; k < g_.K; k += depth) {
@@ -149,7 +149,7 @@ class Call {
     const int64_t chunk = tokens_at_once(g_.M, depth_);
     const Part all{0, g_.K};
     Arena arena(bytes(chunk, depth_, g_.p == nullptr));
-    const Panels panels = take(arena, chunk, depth_, even_panels(chunk));
+    const Packed panels = take(arena, chunk, depth_, even_panels(chunk));
     float* q = arena.take<float>(chunk * g_.r);
     float* scratch = g_.p ? nullptr : arena.take<float>(chunk * g_.r);
     for (int64_t m = 0; m < g_.M; m += chunk) {
@@ -207,7 +207,7 @@ class Call {
     return Arena::padded<T>(rows * depth) + Arena::padded<T>(rows * rank_depth_) +
            (own_p ? 2 : 1) * Arena::padded<float>(count * g_.r);
   }
-  Panels take(Arena& arena, int64_t count, int64_t depth, int64_t tokens) const {
+  Packed take(Arena& arena, int64_t count, int64_t depth, int64_t tokens) const {
     const int64_t rows = (count + k_.tokens - 1) / k_.tokens * k_.tokens;
     return {tokens, arena.take<T>(rows * depth), arena.take<T>(rows * rank_depth_)};
   }
@@ -219,7 +219,7 @@ class Call {
 
   // Tokens m .. m + count, which lie at token `at` of the panels: pack x, p = x aᵀ, and after the last part of p
   // q = s R p, packed.
-  void prepare(int64_t m, int64_t count, const Panels& panels, const Part& part, int64_t at, float* q, float* p) const {
+  void prepare(int64_t m, int64_t count, const Packed& panels, const Part& part, int64_t at, float* q, float* p) const {
     const Paged<float, P>& paged = kernels();
     T* x = panels.x + at * k_.depth(part.size);
     k_.pack({g_.x + m * g_.K + part.from, g_.K, count, part.size, panels.tokens, x});
@@ -231,7 +231,7 @@ class Call {
     k_.pack_ranks({q, g_.r, count, g_.r, panels.tokens, panels.q + at * rank_depth_});
   }
 
-  void multiply(int64_t m, int64_t count, const Panels& panels, const Part& part, int64_t b0, int64_t b1) const {
+  void multiply(int64_t m, int64_t count, const Packed& panels, const Part& part, int64_t b0, int64_t b1) const {
     const bool last = part.from + part.size == g_.K;
     k_.product({panels.x, panels.tokens, weight_ + part.from, g_.K, count, part.size, b0 * kColumnGrain,
                 std::min(b1 * kColumnGrain, g_.N), last ? bias_ : nullptr, last ? panels.q : nullptr, g_.bt, g_.N, g_.r,
@@ -251,7 +251,7 @@ void run_many(const FusedLayer<T, P>& layer, int threads) {
   const auto& g = layer.g;
   if constexpr (std::is_same_v<T, bf16>) {
     const Many<bf16>& k = kernels();
-    if (k.product && g.N * g.K <= kOrderWeight && g.M * (g.N + g.K) >= kOrderTokens * g.N * g.K)
+    if (k.product && g.N * g.K <= kTurnedWeight && g.M * (g.N + g.K) >= kTurnedPerWeight * g.N * g.K)
       return many_tokens(layer);
   }
   Call<T, P>(layer, kernels()).run_many(threads);
@@ -275,9 +275,9 @@ void fused(const FusedLayer<T, P>* layers, int64_t count) {
     work += call.work(), pieces += call.pieces();
     few_tokens &= call.few_tokens();
   }
-  const int threads = work < kInlineWork<T> ? 1 : thread_count();
-  if (threads > 1 && !few_tokens) {
-    for (int64_t i = 0; i < count; ++i) run_many(layers[i], threads);
+  const bool alone = work < kInlineWork<T>;
+  if (!alone && !few_tokens) {
+    for (int64_t i = 0; i < count; ++i) run_many(layers[i], thread_count());
     return;
   }
   std::vector<SharedP> shared(static_cast<size_t>(count));
@@ -300,7 +300,7 @@ void fused(const FusedLayer<T, P>* layers, int64_t count) {
       first += own;
     }
   };
-  threads > 1 ? parallel_for(pieces, task) : task(0, pieces);
+  alone ? task(0, pieces) : parallel_for(pieces, task);
 }
 
 template bool has_fused<float>(int64_t, int64_t);

@@ -20,7 +20,7 @@ inline int64_t column_size(int64_t K, int64_t r) { return (tile_steps(K) + basis
 inline int64_t panel_size(int64_t K, int64_t r) { return 2 * column_size(K, r); }
 
 // Rows k .. k + 32 of a w that is read across, for the columns n .. n + 32: pairs of rows interleaved.
-inline void interleave_rows(const Panels<bf16>& g, int64_t n, int64_t k, bf16* first, bf16* second) {
+inline void interleave_rows(const PackColumns<bf16>& g, int64_t n, int64_t k, bf16* first, bf16* second) {
   alignas(64) static constexpr uint16_t kLow[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
                                                     8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
   const __m512i low = _mm512_load_si512(kLow), high = _mm512_add_epi16(low, _mm512_set1_epi16(kTile));
@@ -35,7 +35,7 @@ inline void interleave_rows(const Panels<bf16>& g, int64_t n, int64_t k, bf16* f
   }
 }
 
-inline void pack_panels(const Panels<bf16>& g) {
+inline void pack_panels(const PackColumns<bf16>& g) {
   const int64_t steps = tile_steps(g.K), column = column_size(g.K, g.r);
   const auto tile = [&](int64_t n, int64_t step) { return g.out + (n - g.n0) / kTile * column + step * kTileElements; };
   if (g.across) {

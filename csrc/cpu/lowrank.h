@@ -196,7 +196,7 @@ struct Fused {
 // Columns n0 .. n1 of w and b in panels of kPanelColumns.
 constexpr int64_t kPanelColumns = 32;
 template <class T>
-struct Panels {
+struct PackColumns {
   const T* w;  // [N, K], contiguous along K; or, if `across`, [K, N], contiguous along N
   int64_t ldw, K;
   bool across;
@@ -226,7 +226,7 @@ struct PanelProduct {
 template <class T>
 struct Many {
   int64_t (*panel_size)(int64_t K, int64_t r), (*rank_depth)(int64_t);  // elements of a panel, and of a packed q
-  void (*pack)(const Panels<T>&);
+  void (*pack)(const PackColumns<T>&);
   void (*pack_ranks)(const Pack<T, float>&);
   void (*product)(const PanelProduct<T>&);
 };

@@ -37,6 +37,9 @@ SHAPES = {
     "whole tiles": (64, 128, 192, 64, 5),
     "rank 32": (21, 40, 96, 32, 15),
     "pages that outgrow a cache": (300, 32, 64, 64, 300),
+    "many tokens, no whole tile": (331, 75, 83, 20, 3),
+    "many tokens, one column of tiles": (1050, 96, 41, 7, 4),
+    "many tokens, rank 100": (520, 64, 70, 100, 2),
     "rank 100": (50, 96, 200, 100, 2),
     "rank beyond tiles": (20, 40, 50, 260, 2),
 }
