@@ -30,6 +30,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 WIDTHS = (384, 1024, 4096)
 TOKENS = (1, 8, 64, 512)
 RANKS = (4, 16, 64)
+
+# A training batch, at one rank and where it does not take minutes.
+BATCH_TOKENS, BATCH_RANK, BATCH_WIDTH = 4096, 16, 1024
 SCALE = 0.5
 
 # What a mixed batch may take longer than a single adapter.
@@ -257,6 +260,10 @@ def grid(quick: bool) -> list[tuple[str, int, int]]:
     return list(itertools.product(DTYPES, widths, ranks))
 
 
+def tokens(width: int, r: int, quick: bool) -> tuple[int, ...]:
+    return (*TOKENS, BATCH_TOKENS) if not quick and r == BATCH_RANK and width <= BATCH_WIDTH else TOKENS
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="widths 384 and 1024, rank 16, short runs")
@@ -271,7 +278,7 @@ def main() -> None:
     rows = []
     for dtype, width, r in grid(args.quick):
         layers = make_layers(Cell(dtype, width, 1, r, False))
-        for backward, M in itertools.product((False, True), TOKENS):
+        for backward, M in itertools.product((False, True), tokens(width, r, args.quick)):
             rows.append(measure(Cell(dtype, width, M, r, backward), layers, seconds))
             print(line(rows[-1]), flush=True)
     print("\n" + conclusion(rows))
