@@ -11,7 +11,7 @@ namespace {
 
 constexpr int64_t kBlock = 2 * kTile;  // columns of y, and tokens, of a 2 x 2 block of tiles
 constexpr int64_t kMaxTokens = 512;    // of one call: their sums (64 KiB) share L2 with the panels
-constexpr int64_t kPieceSteps = 8;     // steps of a packed piece of W: 24 KiB, half an L1
+constexpr int64_t kPieceSteps = 8;     // steps of a packed piece of W: 16 KiB, a third of an L1
 constexpr int64_t kPiece = kPieceSteps * 2 * kTileElements;
 
 inline int64_t tile_steps(int64_t K) { return (K + kTileDepth - 1) / kTileDepth; }
