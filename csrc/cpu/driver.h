@@ -31,7 +31,7 @@ template <class T, class P>
 struct FusedLayer {
   Forward<T, P> g;
   const T *weight, *bias;   // bias null: none
-  bool transposed = false;  // of a gradient: the weight is [K, N], and every R is transposed
+  bool transposed = false;  // of a gradient: the weight is [K, N], and every R is transposed; many_tokens only
 };
 // Several layers of the same M and K. For few tokens, threads are started and waited for once for all of them.
 template <class T, class P>
