@@ -1,6 +1,7 @@
 #define LORAXS_SIMD "cpu/simd_avx512.h"
 #include "cpu/fused_panels.h"
 #include "cpu/fused_single.h"
+#include "cpu/fused_tiles.h"
 #include "cpu/level.h"
 
 namespace loraxs::cpu {

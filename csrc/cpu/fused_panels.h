@@ -150,7 +150,7 @@ inline void product_panels(const PanelProduct<bf16>& g) {
   finish.rest();
 }
 
-constexpr Many<bf16> fused_panels{panel_size, rank_tile_depth, pack_panels, pack_rank_rows, product_panels};
+constexpr Many<bf16> fused_panels{tile_depth, rank_tile_depth, panel_size, pack_panels, pack_rank_rows, product_panels};
 
 }  // namespace
 }  // namespace loraxs::cpu

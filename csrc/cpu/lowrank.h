@@ -209,7 +209,7 @@ struct PackColumns {
 // y[m, n] = x[m] . w[n] + bias[n] + q[m] . b[:, n] for n in [n0, n1), from panels.
 template <class T>
 struct PanelProduct {
-  const T* x;  // can be read up to whole tiles: 16 tokens, kPanelColumns elements of K
+  const T* x;  // can be read up to a multiple of 16 tokens, and of each Many::depth elements
   int64_t ldx, M, K;
   const T* panels;
   int64_t n0, n1;
@@ -225,7 +225,8 @@ struct PanelProduct {
 // The same for so many tokens that it pays to bring all of W into another order first; null where it never does.
 template <class T>
 struct Many {
-  int64_t (*panel_size)(int64_t K, int64_t r), (*rank_depth)(int64_t);  // elements of a panel, and of a packed q
+  int64_t (*depth)(int64_t K), (*rank_depth)(int64_t);  // elements that a token takes of x, and of its packed q
+  int64_t (*panel_size)(int64_t K, int64_t r);
   void (*pack)(const PackColumns<T>&);
   void (*pack_ranks)(const Pack<T, float>&);
   void (*product)(const PanelProduct<T>&);

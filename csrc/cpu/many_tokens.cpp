@@ -10,8 +10,8 @@
 namespace loraxs::cpu {
 namespace {
 
-// Tokens come in whole tiles. So many of them at once share L2 with the panels that go by.
-constexpr int64_t kTokenGrain = 16, kChunkBytes = 1 << 19, kMostTokens = 256;
+// Tokens come in whole tiles, best in pairs of them. So many at once share L2 with the panels that go by.
+constexpr int64_t kTokenGrain = 16, kTokenPair = 2 * kTokenGrain, kChunkBytes = 1 << 19, kMostTokens = 256;
 
 // With fewer than this many tokens a thread, columns are dealt out instead, and every thread does for itself what all
 // of them need.
@@ -27,14 +27,14 @@ class Call {
 
   void run() const {
     const int threads = thread_count();
-    if (g_.M < threads * kFewTokens)
+    if (g_.M < threads * kFewTokens) {
       parallel_for(blocks(), [&](int64_t b0, int64_t b1) {
         Arena arena(bytes(g_.M) + Arena::padded<bf16>((b1 - b0) * panel()));
         bf16* panels = arena.take<bf16>((b1 - b0) * panel());
         pack(b0, b1, panels);
         tokens(0, g_.M, b0, b1, panels, arena);
       });
-    else {
+    } else {
       Arena shared(Arena::padded<bf16>(blocks() * panel()), Arena::kShared);
       bf16* panels = shared.take<bf16>(blocks() * panel());
       parallel_for(blocks(), [&](int64_t b0, int64_t b1) { pack(b0, b1, panels + b0 * panel()); });
@@ -50,14 +50,14 @@ class Call {
   int64_t blocks() const { return (g_.N + kPanelColumns - 1) / kPanelColumns; }
   int64_t panel() const { return k_.panel_size(g_.K, g_.r); }
   int64_t basis_size() const { return whole(g_.r, kPanelColumns) / kPanelColumns * k_.panel_size(g_.K, 0); }
-  int64_t depth() const { return whole(g_.K, kPanelColumns); }
+  int64_t depth() const { return k_.depth(g_.K); }
 
   // Tokens of `count` at once, shared out evenly.
   int64_t chunk(int64_t count) const {
     const int64_t fit =
-        std::clamp(kChunkBytes / 2 / depth() / kPanelColumns * kPanelColumns, kPanelColumns, kMostTokens);
+        std::clamp(kChunkBytes / int64_t(sizeof(bf16)) / depth() / kTokenPair * kTokenPair, kTokenPair, kMostTokens);
     const int64_t passes = (count + fit - 1) / fit;
-    return whole((count + passes - 1) / passes, kPanelColumns);
+    return whole((count + passes - 1) / passes, kTokenPair);
   }
 
   int64_t bytes(int64_t count) const {
@@ -81,6 +81,8 @@ class Call {
     bf16* packed = arena.take<bf16>(rows * k_.rank_depth(g_.r));
     float* own = arena.take<float>(rows * g_.r);
     float* q = arena.take<float>(rows * g_.r);
+    // The gradient of R wants dq with its scale, and p without.
+    const float scale = float(g_.scale), before = transposed_ ? scale : 1, after = transposed_ ? 1 : scale;
     k_.pack({g_.a, g_.K, g_.K, false, nullptr, 0, 0, 0, g_.r, basis});
     for (int64_t m = m0; m < m1; m += rows) {
       const int64_t count = std::min(rows, m1 - m);
@@ -88,8 +90,6 @@ class Call {
       const bf16* x = in_place ? g_.x + m * g_.K : padded(m, count, copy);
       const int64_t ld = in_place ? g_.K : depth();
       float* p = g_.p && b0 == 0 ? g_.p + m * g_.r : own;
-      // The gradient of R wants dq with its scale, and p without.
-      const float scale = float(g_.scale), before = transposed_ ? scale : 1, after = transposed_ ? 1 : scale;
       k_.product({x, ld, count, g_.K, basis, 0, g_.r, nullptr, nullptr, 0, nullptr, p, g_.r, before});
       paged.rotate(
           {p, g_.pages, g_.page_stride, g_.slots ? g_.slots + m : nullptr, q, count, g_.r, after, transposed_});
